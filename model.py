@@ -1,0 +1,309 @@
+"""The paper's three-layer transformer in plain PyTorch (section 3.2, appendix A.1), with hooks, folding and weights files.
+
+    import torch, data, model
+    transformer = model.load_weights("weights/weights.pt")
+    x = data.sample(8, 14, torch.Generator().manual_seed(0)).a[:, :-1]    # [8, 14, 40]
+    y = transformer(x)                                                    # [8, 14, 40], y[:, n] predicts a_{n+1}
+
+    cache = {}
+    transformer(x, cache=cache)                                           # every activation, by name
+    pattern = cache["blocks.0.attn.hook_pattern"]                         # [batch, head, dest, src]
+    transformer(x, hooks={"blocks.1.hook_attn_out": torch.zeros_like})    # replace one
+
+Names and shapes of parameters and hook points are TransformerLens'. Vectors are rows and matrices act from the
+right: x @ W_E, as in the paper. Index letters in every einsum of the project:
+
+    b batch   p position (q destination, k source)   h head
+    d d_model   e d_head   m d_mlp   v d_vocab   l layer
+"""
+
+import copy
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+
+
+@dataclass(frozen=True)
+class Config:
+    """The paper's sizes (section 3.2). A toy model of your own is `Config(n_layers=1, d_mlp=512)`."""
+
+    d_vocab: int = data.D_VOCAB
+    d_model: int = 128
+    d_head: int = 64
+    d_mlp: int = 3072
+    n_heads: int = 8
+    n_layers: int = 3
+    n_ctx: int = data.N_CTX
+    eps: float = 1e-5  # of the LayerNorms
+
+    def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in ("d_vocab", "d_model", "d_head", "d_mlp", "n_heads", "n_layers", "n_ctx")}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {size!r}")
+
+
+class Hooks:
+    """What one forward pass is asked to show or to change. Every activation goes through `at(name, value)`.
+
+    Where nobody watches a point, modules take a fused kernel that computes the same numbers without that
+    intermediate value, so that hooks cost nothing when they are not used.
+    """
+
+    def __init__(self, hooks: dict[str, Callable] | None, cache: dict[str, Tensor] | None):
+        self.hooks = hooks or {}
+        self.cache = cache
+
+    def watches(self, *names: str) -> bool:
+        return self.cache is not None or any(name in self.hooks for name in names)
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        if name in self.hooks:
+            new = self.hooks[name](value)
+            if not isinstance(new, Tensor) or new.shape != value.shape:
+                got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+                raise ValueError(f"the hook at {name} must return a tensor of shape {tuple(value.shape)}, not {got}")
+            value = new
+        if self.cache is not None:
+            self.cache[name] = value
+        return value
+
+
+def affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """x W + b over the last dimension, as a single matrix product: [batch, pos, i] x [i, o] -> [batch, pos, o]."""
+    return torch.addmm(b, x.flatten(0, -2), W).unflatten(0, x.shape[:-1])
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, config: Config, name: str):
+        super().__init__()
+        self.eps, self.name = config.eps, name
+        self.w = nn.Parameter(torch.ones(config.d_model))
+        self.b = nn.Parameter(torch.zeros(config.d_model))
+
+    def forward(self, x: Tensor, at: Hooks) -> Tensor:  # [batch, pos, d_model]
+        if not at.watches(f"{self.name}.hook_scale"):
+            return at(f"{self.name}.hook_normalized", F.layer_norm(x, self.w.shape, self.w, self.b, self.eps))
+        x = x - x.mean(-1, keepdim=True)
+        scale = at(f"{self.name}.hook_scale", (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())  # [batch, pos, 1]
+        return at(f"{self.name}.hook_normalized", x / scale * self.w + self.b)  # [batch, pos, d_model]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, name: str):
+        super().__init__()
+        self.name = name
+        h, d, e = config.n_heads, config.d_model, config.d_head
+        # Shaped [n_heads, d_model, d_head] but laid out in memory as [d_model, n_heads, d_head], so that all heads
+        # together are one [d_model, n_heads * d_head] matrix and a projection is one product without a copy.
+        self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.empty(d, h, e).transpose(0, 1)) for _ in range(3))
+        self.b_Q, self.b_K, self.b_V = (nn.Parameter(torch.zeros(h, e)) for _ in range(3))
+        self.W_O = nn.Parameter(torch.empty(h, e, d))
+        self.b_O = nn.Parameter(torch.zeros(d))
+
+    def forward(self, x: Tensor, at: Hooks) -> Tensor:  # [batch, pos, d_model], normalised
+        def heads(W: Tensor, b: Tensor) -> Tensor:  # [batch, pos, n_heads, d_head]
+            return affine(x, W.transpose(0, 1).flatten(1), b.flatten()).unflatten(-1, b.shape)
+
+        q = at(f"{self.name}.hook_q", heads(self.W_Q, self.b_Q))
+        k = at(f"{self.name}.hook_k", heads(self.W_K, self.b_K))
+        v = at(f"{self.name}.hook_v", heads(self.W_V, self.b_V))
+
+        if at.watches(f"{self.name}.hook_attn_scores", f"{self.name}.hook_pattern"):
+            scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / q.shape[-1] ** 0.5  # [batch, n_heads, dest, src]
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+            scores = at(f"{self.name}.hook_attn_scores", scores.masked_fill(future, -torch.inf))
+            pattern = at(f"{self.name}.hook_pattern", scores.softmax(-1))
+            z = torch.einsum("bhqk,bkhe->bqhe", pattern, v)
+        else:
+            z = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+        z = at(f"{self.name}.hook_z", z)  # [batch, pos, n_heads, d_head]
+
+        if at.watches(f"{self.name}.hook_result"):
+            result = at(f"{self.name}.hook_result", torch.einsum("bqhe,hed->bqhd", z, self.W_O))
+            return result.sum(2) + self.b_O  # [batch, pos, d_model]
+        return affine(z.flatten(2), self.W_O.flatten(0, 1), self.b_O)  # [batch, pos, d_model]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config, name: str):
+        super().__init__()
+        self.name = name
+        self.W_in = nn.Parameter(torch.empty(config.d_model, config.d_mlp))
+        self.b_in = nn.Parameter(torch.zeros(config.d_mlp))
+        self.W_out = nn.Parameter(torch.empty(config.d_mlp, config.d_model))
+        self.b_out = nn.Parameter(torch.zeros(config.d_model))
+
+    def forward(self, x: Tensor, at: Hooks) -> Tensor:  # [batch, pos, d_model], normalised
+        pre = at(f"{self.name}.hook_pre", affine(x, self.W_in, self.b_in))  # [batch, pos, d_mlp]
+        post = at(f"{self.name}.hook_post", pre.relu())
+        return affine(post, self.W_out, self.b_out)  # [batch, pos, d_model]
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, name: str):
+        super().__init__()
+        self.name = name
+        self.ln1 = LayerNorm(config, f"{name}.ln1")
+        self.attn = Attention(config, f"{name}.attn")
+        self.ln2 = LayerNorm(config, f"{name}.ln2")
+        self.mlp = MLP(config, f"{name}.mlp")
+
+    def forward(self, resid: Tensor, at: Hooks) -> Tensor:  # [batch, pos, d_model]
+        resid = at(f"{self.name}.hook_resid_pre", resid)
+        resid = resid + at(f"{self.name}.hook_attn_out", self.attn(self.ln1(resid, at), at))
+        resid = at(f"{self.name}.hook_resid_mid", resid)
+        resid = resid + at(f"{self.name}.hook_mlp_out", self.mlp(self.ln2(resid, at), at))
+        return at(f"{self.name}.hook_resid_post", resid)
+
+
+class Transformer(nn.Module):
+    """Maps vectors to vectors: x [batch, pos, d_vocab] -> prediction of the next vector at each position, same shape.
+
+    Weight matrices start as N(0, 0.8 / sqrt(d_model)), biases as 0, LayerNorms as 1 and 0, drawn from `generator`
+    (torch's default one if None). `hook_names` lists all hook points.
+    """
+
+    def __init__(self, config: Config = Config(), generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.embed = nn.ParameterDict({"W_E": torch.empty(config.d_vocab, config.d_model)})
+        self.pos_embed = nn.ParameterDict({"W_pos": torch.empty(config.n_ctx, config.d_model)})
+        self.blocks = nn.ModuleList(Block(config, f"blocks.{l}") for l in range(config.n_layers))
+        self.ln_final = LayerNorm(config, "ln_final")
+        self.unembed = nn.ParameterDict({"W_U": torch.empty(config.d_model, config.d_vocab), "b_U": torch.zeros(config.d_vocab)})
+        for name, parameter in self.named_parameters():
+            if name.split(".")[-1].startswith("W_"):
+                nn.init.normal_(parameter, std=0.8 / config.d_model**0.5, generator=generator)
+
+        ln = ["hook_scale", "hook_normalized"]
+        attn = ["hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z", "hook_result"]
+        block = ["hook_resid_pre", *(f"ln1.{n}" for n in ln), *(f"attn.{n}" for n in attn), "hook_attn_out", "hook_resid_mid"]
+        block += [*(f"ln2.{n}" for n in ln), "mlp.hook_pre", "mlp.hook_post", "hook_mlp_out", "hook_resid_post"]
+        self.hook_names = ["hook_embed", "hook_pos_embed"]
+        self.hook_names += [f"blocks.{l}.{name}" for l in range(config.n_layers) for name in block]
+        self.hook_names += [f"ln_final.{name}" for name in ln]
+
+    def forward(self, x: Tensor, hooks: dict[str, Callable] | None = None, cache: dict[str, Tensor] | None = None) -> Tensor:
+        """Predict a_1 .. a_n from x = a_0 .. a_{n-1}: [batch, pos, d_vocab] -> [batch, pos, d_vocab].
+
+        hooks: {hook name: fn}; fn(activation) returns what takes its place, a tensor of the same shape.
+        cache: a dict that is filled with every activation under its hook name, after the hooks have had their turn.
+
+        Raises ValueError for an x of another shape, of more than n_ctx positions or of integers, and for a hook that
+        returns another shape; KeyError for an unknown hook name.
+        """
+        config = self.config
+        if x.dim() != 3 or x.shape[-1] != config.d_vocab or not 1 <= x.shape[1] <= config.n_ctx:
+            raise ValueError(f"x must be [batch, pos, d_vocab = {config.d_vocab}] with 1 to n_ctx = {config.n_ctx} positions, not {list(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must hold floating point vectors, not {x.dtype}: this model has no tokens")
+        for name in hooks or {}:
+            if name not in self.hook_names:
+                near = difflib.get_close_matches(name, self.hook_names, n=3, cutoff=0)
+                raise KeyError(f"no hook point {name!r}; near it: {', '.join(near)}")
+        at = Hooks(hooks, cache)
+
+        embed = at("hook_embed", x @ self.embed.W_E)  # [batch, pos, d_model]
+        pos_embed = at("hook_pos_embed", self.pos_embed.W_pos[: x.shape[1]].expand_as(embed))
+        resid = embed + pos_embed
+        for block in self.blocks:
+            resid = block(resid, at)
+        return affine(self.ln_final(resid, at), self.unembed.W_U, self.unembed.b_U)  # [batch, pos, d_vocab]
+
+
+@torch.no_grad()
+def fold(transformer: Transformer) -> Transformer:
+    """A new model with the same outputs, in which every circuit can be read off the weights (section 4.1).
+
+    LayerNorm weights and biases go into the matrices that read the normalised vector, value biases into b_O. A
+    normalised vector has mean 0 over d_model, so the mean of a reading matrix over d_model has no effect and is removed;
+    a LayerNorm ignores the mean of what it reads, so the mean of what is written to the residual stream is
+    removed as well. Leaves ln.w = 1, ln.b = 0 and b_V = 0. TransformerLens' center_unembed is left out on purpose: it
+    changes every output by a constant, which only a softmax would ignore.
+    """
+    model = copy.deepcopy(transformer)
+
+    def fold_into(ln: LayerNorm, W: Tensor, b: Tensor):  # W [..., d_model, out], b [..., out]
+        b += ln.b @ W
+        W *= ln.w[:, None]
+        W -= W.mean(-2, keepdim=True)
+
+    def reset(ln: LayerNorm):
+        ln.w.fill_(1)
+        ln.b.zero_()
+
+    for block in model.blocks:
+        attn, mlp = block.attn, block.mlp
+        for W, b in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V)):
+            fold_into(block.ln1, W, b)
+        fold_into(block.ln2, mlp.W_in, mlp.b_in)
+        reset(block.ln1)
+        reset(block.ln2)
+        # A row of attention sums to 1, so a head adds b_V W_O to every position whatever it attends to.
+        attn.b_O += torch.einsum("he,hed->d", attn.b_V, attn.W_O)
+        attn.b_V.zero_()
+    fold_into(model.ln_final, model.unembed.W_U, model.unembed.b_U)
+    reset(model.ln_final)
+
+    writers = [model.embed.W_E, model.pos_embed.W_pos]
+    writers += [p for block in model.blocks for p in (block.attn.W_O, block.attn.b_O, block.mlp.W_out, block.mlp.b_out)]
+    for parameter in writers:
+        parameter -= parameter.mean(-1, keepdim=True)
+    return model
+
+
+def save_file(value, path: str):
+    """torch.save to `path` by way of a temporary file, so that a kill at any moment leaves the old file or the new one."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(value, f)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def load_file(path: str, what: str) -> dict:
+    """A dict that `save_file` wrote, on the CPU. FileNotFoundError if there is none, ValueError if it cannot be read; `what` names it in the message."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no {what} at {path}")
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no common type for what a damaged file makes it raise
+        raise ValueError(f"{path} is damaged or is no {what} ({type(error).__name__})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is no {what}: it holds a {type(value).__name__}, not a dict")
+    return value
+
+
+def load_weights(path: str, config: Config = Config()) -> Transformer:
+    """The model whose state dict `train.py` wrote to `path`.
+
+    Raises FileNotFoundError if there is no such file; ValueError if it cannot be read, its names or shapes are not
+    those of `config`, or a value is not finite.
+    """
+    state = load_file(path, "weights file")
+    model = Transformer(config)
+    expected = model.state_dict()
+    if missing := sorted(expected.keys() - state.keys()):
+        raise ValueError(f"{path} lacks {missing[0]}" + (f" and {len(missing) - 1} more parameters" if missing[1:] else ""))
+    if unknown := sorted(state.keys() - expected.keys()):
+        raise ValueError(f"{path} holds {unknown[0]}, which this model does not have")
+    for name, value in expected.items():
+        if not isinstance(state[name], Tensor) or state[name].shape != value.shape:
+            raise ValueError(f"{path} was written for another model: {name} is {list(getattr(state[name], 'shape', []))}, expected {list(value.shape)}")
+        if not state[name].isfinite().all():
+            raise ValueError(f"{path} holds values in {name} that are not finite")
+    model.load_state_dict(state)
+    return model
