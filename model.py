@@ -192,6 +192,13 @@ class Transformer(nn.Module):
         self.hook_names += [f"blocks.{l}.{name}" for l in range(config.n_layers) for name in block]
         self.hook_names += [f"ln_final.{name}" for name in ln]
 
+    def watch(self, hooks: dict[str, Callable] | None, cache: dict[str, Tensor] | None) -> Hooks:
+        for name in hooks or {}:
+            if name not in self.hook_names:
+                near = difflib.get_close_matches(name, self.hook_names, n=3, cutoff=0)
+                raise KeyError(f"no hook point {name!r}; near it: {', '.join(near)}")
+        return Hooks(hooks, cache)
+
     def forward(self, x: Tensor, hooks: dict[str, Callable] | None = None, cache: dict[str, Tensor] | None = None) -> Tensor:
         """Predict a_1 .. a_n from x = a_0 .. a_{n-1}: [batch, pos, d_vocab] -> [batch, pos, d_vocab].
 
@@ -206,16 +213,22 @@ class Transformer(nn.Module):
             raise ValueError(f"x must be [batch, pos, d_vocab = {config.d_vocab}] with 1 to n_ctx = {config.n_ctx} positions, not {list(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"x must hold floating point vectors, not {x.dtype}: this model has no tokens")
-        for name in hooks or {}:
-            if name not in self.hook_names:
-                near = difflib.get_close_matches(name, self.hook_names, n=3, cutoff=0)
-                raise KeyError(f"no hook point {name!r}; near it: {', '.join(near)}")
-        at = Hooks(hooks, cache)
-
+        at = self.watch(hooks, cache)
         embed = at("hook_embed", x @ self.embed.W_E)  # [batch, pos, d_model]
         pos_embed = at("hook_pos_embed", self.pos_embed.W_pos[: x.shape[1]].expand_as(embed))
-        resid = embed + pos_embed
-        for block in self.blocks:
+        return self.run_from(0, embed + pos_embed, hooks, cache)
+
+    def run_from(self, layer: int, resid: Tensor, hooks: dict[str, Callable] | None = None, cache: dict[str, Tensor] | None = None) -> Tensor:
+        """The rest of the forward pass, from blocks.{layer}.hook_resid_pre on: resid [batch, pos, d_model] -> [batch, pos, d_vocab].
+
+        An intervention in one layer leaves everything before it as it was, and need not compute it again. With
+        layer = n_layers only ln_final and the unembedding are left: the logit lens. Hooks before `layer` do nothing.
+        Raises ValueError for a layer outside 0 .. n_layers, else as `forward` does.
+        """
+        at = self.watch(hooks, cache)
+        if not 0 <= layer <= len(self.blocks):
+            raise ValueError(f"layer must be between 0 and n_layers = {len(self.blocks)}, not {layer}")
+        for block in self.blocks[layer:]:
             resid = block(resid, at)
         return affine(self.ln_final(resid, at), self.unembed.W_U, self.unembed.b_U)  # [batch, pos, d_vocab]
 

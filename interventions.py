@@ -1,0 +1,134 @@
+"""Everything that changes what the model computes: ablation, patching, replacement of QK circuits (sections 4.5 and 4.6).
+
+    import torch, data, model, interventions
+    transformer = model.fold(model.load_weights("weights/weights.pt"))
+    x = data.sample(1000, 14, torch.Generator().manual_seed(0)).a[:, :-1]
+
+    cache = {}
+    transformer(x, cache=cache)
+    means = interventions.mean_outputs(cache)
+    hooks = interventions.replace_outputs(means, heads=interventions.layer_heads(transformer, 1))
+    transformer(x, hooks=hooks)                                     # every head of layer 1 mean-ablated
+
+    generator = torch.Generator().manual_seed(0)
+    changed = interventions.pseudoinverse_qk(transformer, layer=2, heads=[0, 1, 2, 3, 4], generator=generator)
+    changed(x)                                                      # the paper's replacement of W_Q and W_K
+
+An intervention on activations is a hook dict, one on weights a changed copy: the model passed in stays as it is and
+nothing has to be undone. Head outputs are replaced at hook_z, before W_O. Since W_O is linear this is the same as
+replacing what each head writes, without materialising it; b_O stays, and on a folded model b_O holds the value biases.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from model import Transformer
+
+Head = tuple[int, int]  # (layer, head), both from 0
+
+
+def layer_heads(model: Transformer, layer: int) -> list[Head]:
+    """All heads of one layer."""
+    return [(layer, head) for head in range(model.config.n_heads)]
+
+
+def output_names(model: Transformer) -> list[str]:
+    """The hook points at which `replace_outputs` acts: hook_z of every attention layer, hook_mlp_out of every MLP."""
+    return [name for l in range(model.config.n_layers) for name in (f"blocks.{l}.attn.hook_z", f"blocks.{l}.hook_mlp_out")]
+
+
+def record(names: Iterable[str], into: dict[str, Tensor]) -> dict[str, Callable]:
+    """Hooks that change nothing and keep the activations `names` in `into`; a cache would keep, and materialise, them all."""
+
+    def keep(name: str) -> Callable:
+        return lambda value: into.setdefault(name, value)
+
+    return {name: keep(name) for name in names}
+
+
+def mean_outputs(cache: dict[str, Tensor], over_positions: bool = False) -> dict[str, Tensor]:
+    """Mean output of every head and MLP over a population, for mean ablation (section 4.5).
+
+    cache: activations of a forward pass over the population, those of `output_names` at least. The mean is taken at
+    each position, so that it keeps what a head does at that position whatever the input; with `over_positions`
+    over positions as well, which leaves one vector. Returns {hook name: mean}, hook_z [pos or 1, n_heads, d_head] and
+    hook_mlp_out [pos or 1, d_model].
+    """
+    outputs = {name: value for name, value in cache.items() if name.endswith((".hook_z", ".hook_mlp_out"))}
+    return {name: value.mean((0, 1), keepdim=True)[0] if over_positions else value.mean(0) for name, value in outputs.items()}
+
+
+def zero_outputs(model: Transformer) -> dict[str, Tensor]:
+    """Zeros for zero ablation, to be used like `mean_outputs`."""
+    return {name: torch.zeros(()) for name in output_names(model)}
+
+
+def replace_outputs(values: dict[str, Tensor], heads: Iterable[Head] = (), mlps: Iterable[int] = ()) -> dict[str, Callable]:
+    """Hooks that replace the outputs of `heads` and of the MLPs of layers `mlps` by `values`.
+
+    values: {hook name: tensor that broadcasts to that activation}. From `zero_outputs` this is zero ablation, from
+    `mean_outputs` mean ablation, and from the cache of another forward pass it is activation patching.
+    Raises KeyError if `values` lacks a hook point that is to be replaced.
+    """
+    hooks: dict[str, Callable] = {}
+    by_layer: dict[int, list[int]] = {}
+    for layer, head in heads:
+        by_layer.setdefault(layer, []).append(head)
+
+    def swap_heads(new: Tensor, chosen: list[int]) -> Callable:
+        def swap(z: Tensor) -> Tensor:  # [batch, pos, n_heads, d_head]
+            z = z.clone()
+            z[:, :, chosen] = new.to(z).expand_as(z)[:, :, chosen]
+            return z
+
+        return swap
+
+    for layer, chosen in by_layer.items():
+        name = f"blocks.{layer}.attn.hook_z"
+        hooks[name] = swap_heads(values[name], chosen)
+    for layer in mlps:
+        name = f"blocks.{layer}.hook_mlp_out"
+        hooks[name] = lambda out, new=values[name]: new.to(out).expand_as(out)
+    return hooks
+
+
+@torch.no_grad()
+def replace_qk(model: Transformer, layer: int, heads: Iterable[int], W_Q: Tensor, W_K: Tensor) -> Transformer:
+    """A copy of the model in which `heads` of `layer` have other W_Q and W_K, each [len(heads), d_model, d_head], and no b_Q and b_K.
+
+    The old biases are vectors in the old head's coordinates, which mean nothing in the new ones. W_Q = W_K = 0 makes
+    attention uniform.
+    """
+    changed = copy.deepcopy(model)
+    attn = changed.blocks[layer].attn
+    heads = list(heads)
+    attn.W_Q[heads], attn.W_K[heads] = W_Q, W_K
+    attn.b_Q[heads], attn.b_K[heads] = 0.0, 0.0
+    return changed
+
+
+@torch.no_grad()
+def pseudoinverse_qk(model: Transformer, layer: int, heads: Iterable[int], generator: torch.Generator) -> Transformer:
+    """The paper's test of QK = I (section 4.6): W_Q is random, W_K^T its Moore-Penrose pseudoinverse.
+
+    W_Q W_K^T is then the orthogonal projection onto a random d_head-dimensional subspace of R^d_model, the identity as
+    nearly as rank d_head allows. Its scale does not depend on that of W_Q.
+    """
+    heads = list(heads)
+    W_Q = torch.randn(len(heads), model.config.d_model, model.config.d_head, generator=generator).to(model.embed.W_E)
+    W_K = torch.linalg.pinv(W_Q).transpose(1, 2)  # [len(heads), d_model, d_head]
+    return replace_qk(model, layer, heads, W_Q, W_K)
+
+
+@torch.no_grad()
+def random_qk(model: Transformer, layer: int, heads: Iterable[int], generator: torch.Generator) -> Transformer:
+    """The control to `pseudoinverse_qk`: W_Q and W_K independent and random, their product as large (Frobenius) as the trained one."""
+    heads = list(heads)
+    shape = (len(heads), model.config.d_model, model.config.d_head)
+    W_Q, W_K = (torch.randn(shape, generator=generator).to(model.embed.W_E) for _ in range(2))
+    attn = model.blocks[layer].attn
+    trained = (attn.W_Q[heads] @ attn.W_K[heads].transpose(1, 2)).norm(dim=(1, 2), keepdim=True)
+    return replace_qk(model, layer, heads, W_Q * trained / (W_Q @ W_K.transpose(1, 2)).norm(dim=(1, 2), keepdim=True), W_K)
