@@ -1006,6 +1006,8 @@ def figure_lens(study: Study):
             axes.axhline(0, color="0.9", zorder=0)
             axes.set_title(f"c = {study.population.c[i]:.2f}, dimension {dimension}")
         panels[1, column].set_xlabel("position")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("component")
     integer_ticks(panels[1, 0], MAX_LENGTH, step=2)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

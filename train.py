@@ -57,15 +57,19 @@ def whole_number(minimum: int):
     return parse
 
 
-def real_number(text: str) -> float:
-    """An argparse type for finite numbers that are not negative."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, not {text!r}")
-    return value
+def real_number(zero: bool):
+    """An argparse type for finite positive numbers, and 0 where `zero` allows it."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and (value > 0 or zero and value == 0)):
+            raise argparse.ArgumentTypeError(f"must be a finite number {'of at least' if zero else 'above'} 0, not {text!r}")
+        return value
+
+    return parse
 
 
 def device(text: str) -> str:
@@ -88,8 +92,8 @@ class Options:
 
     steps: int = option(100_000, whole_number(1), "optimizer steps; a longer run may go on from a shorter one")
     batch_size: int = option(16, whole_number(1), "sequences a step")
-    lr: float = option(1e-4, real_number, "learning rate of AdamW, constant")
-    weight_decay: float = option(0.01, real_number, "weight decay of AdamW, on every parameter")
+    lr: float = option(1e-4, real_number(zero=False), "learning rate of AdamW, constant")
+    weight_decay: float = option(0.01, real_number(zero=True), "weight decay of AdamW, on every parameter")
     seed: int = option(0, whole_number(0), "decides the initial weights and the training data")
     eval_every: int = option(1000, whole_number(1), "steps between two rows of log.csv, each with a checkpoint")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", device, "cpu, cuda or cuda:N")
