@@ -7,6 +7,8 @@ Small models and few sequences, except where the shipped weights themselves are 
 """
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -335,7 +337,7 @@ class Training(TestCase):
 
     def quietly(self, run: train.Run) -> bool:
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(train, "HELD_OUT_PER_LENGTH", 2):
-            return train.train(run)
+            return train.train([run])
 
     def test_a_step_is_adamw_on_the_papers_loss(self):
         run = train.Run(self.options(), model.Config(d_model=12, d_head=4, d_mlp=20, n_heads=3, n_layers=2))
@@ -350,6 +352,90 @@ class Training(TestCase):
             with self.subTest(name):  # the first step: both moments are those of g alone, bias-corrected to g and g^2
                 expected = before * (1 - 1e-4 * 0.01) - 1e-4 * g / (g.abs() + 1e-8)
                 self.assertClose(after.detach(), expected.detach(), 1e-7)
+
+    def stack(self, seeds) -> tuple[list[train.Run], train.Stack]:
+        runs = [train.Run(self.options(seed=seed), SMALL_TASK) for seed in seeds]
+        return runs, train.Stack(runs)
+
+    def test_a_stacked_step_is_a_step_of_each_run(self):
+        runs, stack = self.stack((1, 2, 3))
+        alone = [train.Run(run.options, SMALL_TASK) for run in runs]
+        for length in (5, 14, 3):
+            losses = stack.compute(length)
+            self.assertClose(losses, torch.stack([run.compute(length) for run in alone]), 1e-6)
+        stack.write_back()
+        for a, b in zip(runs, alone):
+            # AdamW divides by the gradient's size, so that rounding errors of tiny gradients show in the weights
+            for p, q in zip(a.parameters, b.parameters):
+                self.assertClose(p.detach(), q.detach(), 1e-4)
+                self.assertClose(a.optimizer.state[p]["exp_avg"], b.optimizer.state[q]["exp_avg"], 1e-6)
+                self.assertEqual(a.optimizer.state[p]["step"], 3)
+        self.assertGreater((runs[0].parameters[0] - runs[1].parameters[0]).abs().max(), 0.01)
+
+    def test_a_stack_goes_on_where_its_runs_stopped(self):
+        runs, stack = self.stack((1, 2))
+        for _ in range(3):
+            stack.train_step()
+        stack.write_back()
+        for run in runs:
+            run.step = 3
+            os.makedirs(run.options.out)
+            run.save()
+        again = train.Stack([train.open_run(run.options, resume=True, config=SMALL_TASK) for run in runs])
+        for _ in range(3):
+            self.assertTrue(torch.equal(stack.train_step(), again.train_step()))
+
+    def test_stacked_runs_write_what_single_runs_write(self):
+        runs = [train.open_run(self.options(seed=seed), resume=False, config=SMALL_TASK) for seed in (1, 2)]
+        with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(train, "HELD_OUT_PER_LENGTH", 2):
+            self.assertTrue(train.train(runs))
+        for run in runs:
+            self.assertEqual(sorted(os.listdir(run.options.out)), ["checkpoint.pt", "log.csv", "weights.pt"])
+            self.assertEqual([row[0] for row in analyze.read_log(os.path.join(run.options.out, "log.csv"))], [3, 6])
+            loaded = model.load_weights(os.path.join(run.options.out, "weights.pt"), SMALL_TASK)
+            self.assertTrue(all(torch.equal(p, q) for p, q in zip(loaded.parameters(), run.parameters)))
+            single = train.open_run(dataclasses.replace(run.options, steps=7), resume=True, config=SMALL_TASK)
+            self.assertTrue(self.quietly(single))
+
+    def test_two_ranks_share_the_seeds_and_resume_after_a_kill(self):
+        out = self.folder()
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "train.py", "--seeds", "0-2", "--steps", "2", "--batch-size", "2", "--device", "cpu", "--out", out]
+        run = lambda *more: subprocess.run([*torchrun, *more], cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        first = run()
+        self.assertEqual(first.returncode, 0, first.stderr)
+        self.assertEqual(sorted(os.listdir(out)), ["seed_0000", "seed_0001", "seed_0002"])
+        single = os.path.join(self.folder(), "single")
+        status, _, err = command(train.main, "--seed", "2", "--steps", "2", "--batch-size", "2", "--threads", "1", "--device", "cpu", "--out", single)
+        self.assertEqual(status, 0, err)
+        self.assertEqual(read(os.path.join(single, "weights.pt")), read(os.path.join(out, "seed_0002", "weights.pt")))
+        os.remove(os.path.join(out, "seed_0001", "checkpoint.pt"))  # as if seed 1 had been killed before it began
+        self.assertIn("already holds", run().stderr)
+
+    def test_bfloat16_is_near_float32_and_keeps_float32_weights(self):
+        exact, rough = (train.Run(self.options(dtype=dtype, batch_size=16), SMALL_TASK) for dtype in ("float32", "bfloat16"))
+        losses = torch.stack([torch.stack([run.train_step() for _ in range(20)]) for run in (exact, rough)])
+        self.assertClose(losses[1] / losses[0], 1, 0.05)
+        self.assertFalse(torch.equal(losses[0], losses[1]))
+        self.assertTrue(all(p.dtype == torch.float32 for p in rough.parameters))
+
+    def test_benchmark_parts_add_up(self):
+        config = dataclasses.replace(SMALL_TASK, d_model=32)
+        with mock.patch.object(train, "Config", lambda: config), mock.patch.object(train.Run, "__init__", functools.partialmethod(train.Run.__init__, config=config)):
+            rows = {row[:14].strip(): row[14:].split() for row in train.benchmark(self.options(), 36).splitlines()}
+        parts = sum(float(rows[name][0]) for name in ("sampling", "forward", "backward", "AdamW"))
+        self.assertAlmostEqual(parts, float(rows["step"][0]), delta=0.25 * parts)
+        self.assertGreater(float(rows["products"][0]), 0)
+
+    @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
+    def test_captured_steps_are_the_plain_steps(self):
+        for seeds in ((1,), (1, 2, 3)):
+            plain, captured = ([train.Run(self.options(seed=seed, device="cuda"), SMALL_TASK) for seed in seeds] for _ in range(2))
+            plain, captured = (train.Stack(runs) if len(runs) > 1 else runs[0] for runs in (plain, captured))
+            captured.captured = train.CapturedSteps(captured)
+            for p, q in zip(plain.parameters, captured.parameters):
+                self.assertTrue(torch.equal(p, q))  # capturing put everything back
+            losses = [torch.stack([trainer.train_step().clone() for _ in range(30)]) for trainer in (plain, captured)]
+            self.assertClose(losses[0] / losses[1], 1, 1e-3)
 
     def test_training_lowers_the_loss(self):
         torch.manual_seed(0)
@@ -456,6 +542,9 @@ class Training(TestCase):
             (["--weight-decay", "inf"], "at least 0"),
             (["--device", "nonsense"], "must be cpu, cuda or cuda:N"),
             (["--device", "cuda:99"], "99"),
+            (["--dtype", "float16"], "float32 or bfloat16"),
+            (["--seeds", "5-2"], "seeds such as"),
+            (["--seeds", "1,1"], "twice"),
             (["--speed", "high"], "unrecognized"),
         ):
             with self.subTest(arguments):
