@@ -54,8 +54,8 @@ class Config:
 class Hooks:
     """What one forward pass is asked to show or to change. Every activation goes through `at(name, value)`.
 
-    Where nobody watches a point, modules take a fused kernel that computes the same numbers without that
-    intermediate value, so that hooks cost nothing when they are not used.
+    The few values that cost something to show, a LayerNorm's scale and the output of each head by itself, are only made
+    where somebody `watches` them; otherwise one kernel computes the same result without them.
     """
 
     def __init__(self, hooks: dict[str, Callable] | None, cache: dict[str, Tensor] | None):
@@ -117,14 +117,13 @@ class Attention(nn.Module):
         k = at(f"{self.name}.hook_k", heads(self.W_K, self.b_K))
         v = at(f"{self.name}.hook_v", heads(self.W_V, self.b_V))
 
-        if at.watches(f"{self.name}.hook_attn_scores", f"{self.name}.hook_pattern"):
-            scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / q.shape[-1] ** 0.5  # [batch, n_heads, dest, src]
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-            scores = at(f"{self.name}.hook_attn_scores", scores.masked_fill(future, -torch.inf))
-            pattern = at(f"{self.name}.hook_pattern", scores.softmax(-1))
-            z = torch.einsum("bhqk,bkhe->bqhe", pattern, v)
-        else:
-            z = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+        # The mask goes in as the matrix that the product is added to; heads are folded into the batch.
+        mask = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=q.dtype, device=x.device).triu(1)
+        Q, K, V = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # [batch * n_heads, pos, d_head]
+        scores = torch.baddbmm(mask, Q, K.transpose(1, 2), alpha=Q.shape[-1] ** -0.5).unflatten(0, (len(x), q.shape[2]))
+        scores = at(f"{self.name}.hook_attn_scores", scores)  # [batch, n_heads, dest, src]
+        pattern = at(f"{self.name}.hook_pattern", scores.softmax(-1))  # [batch, n_heads, dest, src]
+        z = (pattern.flatten(0, 1) @ V).unflatten(0, (len(x), q.shape[2])).transpose(1, 2)
         z = at(f"{self.name}.hook_z", z)  # [batch, pos, n_heads, d_head]
 
         if at.watches(f"{self.name}.hook_result"):
