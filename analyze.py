@@ -58,7 +58,8 @@ def ov_circuit(model: Transformer, layer: int) -> Tensor:
 
 
 def qk_circuit(model: Transformer, layer: int) -> Tensor:
-    """W_Q W_K^T of each head, [n_heads, d_model, d_model]: the score is x_destination @ QK @ x_source (section 4.6), before / sqrt(d_head)."""
+    """W_Q W_K^T of each head, [n_heads, d_model, d_model]: the score is x_destination @ QK @ x_source (section 4.6), "
+    "before / sqrt(d_head)."""
     attn = model.blocks[layer].attn
     return attn.W_Q @ attn.W_K.transpose(1, 2)
 
@@ -115,7 +116,8 @@ def fit_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def regress(y: Tensor, *xs: Tensor) -> tuple[list[float], float]:
-    """Coefficients of the least squares fit y ~ sum_i coefficient_i x_i over all elements, without a constant, and its R^2 = 1 - |residual|^2 / |y|^2."""
+    """Coefficients of the least squares fit y ~ sum_i coefficient_i x_i over all elements, without a constant, and its "
+    "R^2 = 1 - |residual|^2 / |y|^2."""
     X = torch.stack([x.double().flatten() for x in xs], 1)
     y = y.double().flatten()
     coefficients = torch.linalg.solve(X.T @ X, X.T @ y)
@@ -133,7 +135,8 @@ def second_token_score(pattern: Tensor) -> Tensor:
 
 
 def same_parity_score(pattern: Tensor) -> Tensor:
-    """Mean attention from positions 3.. to positions an even distance away, themselves included, by head: [batch, n_heads, dest, src] -> [n_heads]."""
+    """Mean attention from positions 3.. to positions an even distance away, themselves included, by head: [batch, "
+    "n_heads, dest, src] -> [n_heads]."""
     p = torch.arange(pattern.shape[-1])
     even = (p[:, None] - p) % 2 == 0
     return (pattern * even).sum(-1)[:, :, 3:].mean((0, 2))
@@ -197,7 +200,9 @@ class Study:
 
     def __init__(self, run: str, seed: int):
         if not os.path.isdir(run):
-            raise FileNotFoundError(f"there is no run folder {run}: --run needs one with weights.pt and log.csv, such as the shipped weights")
+            raise FileNotFoundError(
+                f"there is no run folder {run}: --run needs one with weights.pt and log.csv, such as the shipped weights"
+            )
         self.weights_file, self.seed = os.path.join(run, "weights.pt"), seed
         self.model = fold(load_weights(self.weights_file)).requires_grad_(False)
         self.log = read_log(os.path.join(run, "log.csv"))
@@ -234,8 +239,19 @@ class Study:
     def activations(self) -> dict[str, Tensor]:
         """The one plain forward pass over the population that claims and figures share; its output is under "output"."""
         layers = range(self.model.config.n_layers)
-        names = ["hook_embed", "hook_pos_embed", "blocks.0.hook_resid_pre", "blocks.0.ln1.hook_normalized", "blocks.0.hook_resid_mid", "ln_final.hook_scale"]
-        names += [f"blocks.{l}.{name}" for l in layers for name in ("attn.hook_pattern", "attn.hook_z", "attn.hook_result", "hook_mlp_out", "hook_resid_post")]
+        names = [
+            "hook_embed",
+            "hook_pos_embed",
+            "blocks.0.hook_resid_pre",
+            "blocks.0.ln1.hook_normalized",
+            "blocks.0.hook_resid_mid",
+            "ln_final.hook_scale",
+        ]
+        names += [
+            f"blocks.{l}.{name}"
+            for l in layers
+            for name in ("attn.hook_pattern", "attn.hook_z", "attn.hook_result", "hook_mlp_out", "hook_resid_post")
+        ]
         kept: dict[str, Tensor] = {}
         kept["output"] = self.model(self.population.a[:, :-1], hooks=interventions.record(names, kept))
         return kept
@@ -264,7 +280,9 @@ class Study:
         scales = {"paper": None, "standard": kept["ln_final.hook_scale"]}
 
         def mean(scale, target):
-            layers = [direct_attribution(self.model, kept[f"blocks.{l}.{hook}"], target, scale).mean(0) for l in range(self.model.config.n_layers)]
+            layers = [
+                direct_attribution(self.model, kept[f"blocks.{l}.{hook}"], target, scale).mean(0) for l in range(self.model.config.n_layers)
+            ]
             return torch.stack(layers).movedim(1, -1)
 
         return {f"{reading}_{goal}": mean(scale, target) for reading, scale in scales.items() for goal, target in targets.items()}
@@ -272,7 +290,9 @@ class Study:
     @functools.cached_property
     def layer_0_fits(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Slope, intercept and R^2 of (x_d, (x OV)_d) for every residual stream vector before layer 0, in the readings of section 4.4."""
-        raw, normalised = (self.activations[f"blocks.0.{name}"] for name in ("hook_resid_pre", "ln1.hook_normalized"))  # [batch, pos, d_model]
+        raw, normalised = (
+            self.activations[f"blocks.0.{name}"] for name in ("hook_resid_pre", "ln1.hook_normalized")
+        )  # [batch, pos, d_model]
         ov, a = ov_circuit(self.model, 0), self.population.a[:, :-1]
         return {
             "raw": fit_line(raw, raw @ ov.sum(0)),
@@ -293,7 +313,11 @@ class Study:
     def errors(self, layer: int = 0, hooks: dict | None = None, model: Transformer | None = None, count: int = POPULATION) -> Tensor:
         """MSE of each of the first `count` test sequences, [count], under an intervention that changes nothing before `layer`."""
         model = model or self.model
-        return in_batches(lambda resid, target: squared_errors(model.run_from(layer, resid, hooks), target), self.test_resid_pre[layer][:count], self.test.a[:count, 1:])
+        return in_batches(
+            lambda resid, target: squared_errors(model.run_from(layer, resid, hooks), target),
+            self.test_resid_pre[layer][:count],
+            self.test.a[:count, 1:],
+        )
 
     @functools.cached_property
     def baseline(self) -> Tensor:
@@ -314,7 +338,11 @@ def read_log(path: str) -> np.ndarray:
         warnings.simplefilter("ignore")  # an empty file is reported below
         lines = f.read().splitlines()
         log = np.atleast_1d(np.genfromtxt(lines, delimiter=",", names=True, invalid_raise=False)) if lines else np.empty(0)
-    if (log.dtype.names or ())[:3] != ("step", "loss", "eval_mse") or not len(log) or not all(np.isfinite(log[name]).all() for name in log.dtype.names):
+    if (
+        (log.dtype.names or ())[:3] != ("step", "loss", "eval_mse")
+        or not len(log)
+        or not all(np.isfinite(log[name]).all() for name in log.dtype.names)
+    ):
         raise ValueError(f"{path} is no training log: expected the columns step,loss,eval_mse,...,seconds and at least one row of numbers")
     return log
 
@@ -338,7 +366,9 @@ def verdict(full: bool, part: bool) -> str:
 
 def claim_mse(study: Study) -> Finding:
     samples = data.held_out(HELD_OUT_PER_LENGTH, seed=study.generator("held out").initial_seed())
-    errors = torch.stack([in_batches(lambda a: squared_errors(study.model(a[:, :-1]), a[:, 1:]), s.a) for s in samples])  # [lengths, sequences]
+    errors = torch.stack(
+        [in_batches(lambda a: squared_errors(study.model(a[:, :-1]), a[:, 1:]), s.a) for s in samples]
+    )  # [lengths, sequences]
     prediction, target = study.activations["output"], study.population.a[:, 1:]
     measured, last = errors.mean().item(), study.log["eval_mse"][-20:]
     full = measured <= 2e-4
@@ -355,7 +385,11 @@ def claim_mse(study: Study) -> Finding:
             "training_log_last_20_evaluations": {"lowest": last.min(), "highest": last.max()},
         },
         verdict=verdict(full, measured <= 1e-3),
-        why=f"Rule: at most 2e-4, twice the paper's value, since with a constant learning rate the MSE wanders between evaluations (over the last {len(last)} of the log by a factor of {last.max() / last.min():.1f}); partly up to 1e-3. Weights of the last step.",
+        why=(
+            "Rule: at most 2e-4, twice the paper's value, since with a constant learning rate the MSE wanders between "
+            f"evaluations (over the last {len(last)} of the log by a factor of {last.max() / last.min():.1f}); partly up to "
+            "1e-3. Weights of the last step."
+        ),
     )
 
 
@@ -370,7 +404,10 @@ def claim_l0_prev_token(study: Study) -> Finding:
             "untrained": previous_token_score(study.patterns(study.untrained, study.population.a[:EXAMPLES, :-1], 0)),
         },
         verdict=verdict(heads >= 7, heads >= 4),
-        why=f"Rule: more than half of the attention goes to the previous vector in at least 7 heads; partly in at least 4. It does in {heads}.",
+        why=(
+            "Rule: more than half of the attention goes to the previous vector in at least 7 heads; partly in at least 4. It "
+            f"does in {heads}."
+        ),
     )
 
 
@@ -389,7 +426,10 @@ def claim_l1_second_token(study: Study) -> Finding:
             "most_attended_position": favourite,
         },
         verdict=verdict(heads >= 5, second >= 5),
-        why=f"Rule: more than half of the attention from positions 3 to 13 goes to position 1 in at least 5 of 8 heads; partly if position 1 is at least the most attended one in 5. It gets more than half in {heads} and most in {second}.",
+        why=(
+            "Rule: more than half of the attention from positions 3 to 13 goes to position 1 in at least 5 of 8 heads; partly "
+            f"if position 1 is at least the most attended one in 5. It gets more than half in {heads} and most in {second}."
+        ),
     )
 
 
@@ -406,7 +446,11 @@ def claim_l2_checkerboard(study: Study) -> Finding:
             "untrained": same_parity_score(study.patterns(study.untrained, study.alternating.a[:, :-1], 2)),
         },
         verdict=verdict(heads == len(alternating), heads >= len(alternating) / 2),
-        why=f"Measured: share of the attention from positions 3 to 13 that goes to positions of the same parity, itself included, for c in [-1.1, -0.9]. Rule: at least 0.75, and 0.1 more than for c in [0.9, 1.1], in every head; partly in half of them. So it is in {heads}.",
+        why=(
+            "Measured: share of the attention from positions 3 to 13 that goes to positions of the same parity, itself "
+            "included, for c in [-1.1, -0.9]. Rule: at least 0.75, and 0.1 more than for c in [0.9, 1.1], in every head; partly "
+            f"in half of them. So it is in {heads}."
+        ),
     )
 
 
@@ -422,10 +466,15 @@ def claim_dla_sign(study: Study) -> Finding:
     return Finding(
         measured=by_head["paper_next"],
         interval=None,
-        control={f"{name}_by_layer": layers for name, layers in by_layer.items()} | {f"{name}_by_head": heads for name, heads in by_head.items() if name != "paper_next"},
+        control={f"{name}_by_layer": layers for name, layers in by_layer.items()}
+        | {f"{name}_by_head": heads for name, heads in by_head.items() if name != "paper_next"},
         verdict=verdict(len(holds) == 4, len(signs) == 4 or "paper_next" in holds),
-        why="Measured: mean over positions 2 to 13, ln_final on the head alone, target a_{m+1}. Rule: averaged over the heads, layer 0 is positive, layer 2 negative and layer 1 at most a quarter of the largest, "
-        f"in both readings (paper, standard) with both targets (next a_{{m+1}}, step a_{{m+1}} - a_m); partly if all four have the signs of layers 0 and 2, or the paper's own reading has the whole pattern. Pattern: {', '.join(holds) or 'none'}; signs: {', '.join(signs) or 'none'}.",
+        why=(
+            "Measured: mean over positions 2 to 13, ln_final on the head alone, target a_{m+1}. Rule: averaged over the heads, "
+            "layer 0 is positive, layer 2 negative and layer 1 at most a quarter of the largest, in both readings (paper, standard) "
+            "with both targets (next a_{m+1}, step a_{m+1} - a_m); partly if all four have the signs of layers 0 and 2, or the "
+            f"paper's own reading has the whole pattern. Pattern: {', '.join(holds) or 'none'}; signs: {', '.join(signs) or 'none'}."
+        ),
     )
 
 
@@ -452,7 +501,10 @@ def claim_l0_ov_r2(study: Study) -> Finding:
             "each_head": fits["each_head"][2].mean((1, 2)),
         },
         verdict=verdict(bool((measured - 0.83).abs() <= 0.1), bool(measured >= 0.5)),
-        why="Measured: mean R^2 over the raw residual stream vectors before layer 0, OV summed over heads, 128 coordinates. Rule: within 0.1 of 0.83; partly if at least 0.5.",
+        why=(
+            "Measured: mean R^2 over the raw residual stream vectors before layer 0, OV summed over heads, 128 coordinates. "
+            "Rule: within 0.1 of 0.83; partly if at least 0.5."
+        ),
     )
 
 
@@ -470,7 +522,11 @@ def claim_l0_ov_slope(study: Study) -> Finding:
             "each_head": fits["each_head"][0].mean((1, 2)),
         },
         verdict=verdict(bool(2.1 <= measured <= 2.5), bool(2.1 / 2 <= measured <= 2.5 * 2)),
-        why="Measured: mean slope over the raw residual stream vectors. Rule: within the paper's 2.1 to 2.5; partly within a factor of two of that. The OV circuit reads the normalised vector; raw_to_what_is_added is the slope of what it then adds against the raw vector.",
+        why=(
+            "Measured: mean slope over the raw residual stream vectors. Rule: within the paper's 2.1 to 2.5; partly within a "
+            "factor of two of that. The OV circuit reads the normalised vector; raw_to_what_is_added is the slope of what it "
+            "then adds against the raw vector."
+        ),
     )
 
 
@@ -488,7 +544,11 @@ def claim_l0_ov_intercept(study: Study) -> Finding:
             "data_coordinates": fits["data_coordinates"][1].mean(),
         },
         verdict=verdict(bool(intercept.abs().max() <= 0.1 * size), bool(measured.abs() <= 0.1 * size)),
-        why="Rule: for every vector at most a tenth of the root mean square of OV x; partly if so on average. On a folded model this had to come out: both x and OV x have mean 0 over d_model by construction, so the intercept is 0 to rounding and says nothing about the circuit. data_coordinates is free of that.",
+        why=(
+            "Rule: for every vector at most a tenth of the root mean square of OV x; partly if so on average. On a folded model "
+            "this had to come out: both x and OV x have mean 0 over d_model by construction, so the intercept is 0 to rounding "
+            "and says nothing about the circuit. data_coordinates is free of that."
+        ),
     )
 
 
@@ -530,7 +590,11 @@ def claim_l0_orthogonal(study: Study) -> Finding:
             "each_head": outside_share(torch.einsum("bpd,hdD->hbpD", resid, ov), W_E).mean((1, 2)),
         },
         verdict=verdict(near and low > chance, near),
-        why=f"Rule: within 0.05 of 0.8415 and above what a random direction has; partly if only the number agrees. A random direction of R^{d_model} has {chance:.3f} of its norm outside a {d_vocab}-dimensional subspace, so a share below that means that the circuit writes into the embedding space more than chance does, not less.",
+        why=(
+            "Rule: within 0.05 of 0.8415 and above what a random direction has; partly if only the number agrees. A random "
+            f"direction of R^{d_model} has {chance:.3f} of its norm outside a {d_vocab}-dimensional subspace, so a share below "
+            "that means that the circuit writes into the embedding space more than chance does, not less."
+        ),
     )
 
 
@@ -548,8 +612,14 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
 
     whole = {f"layer_{l}_attention_{kind}": arm(kind, l, heads=heads) for l in layers for kind in values}
     whole |= {f"layer_{l}_mlp_{kind}": arm(kind, l, mlps=[l]) for l in layers for kind in values}
-    single = {f"each_head_{kind}": [[arm(kind, l, heads=[h], count=HEAD_ABLATION) for h in heads] for l in layers] for kind in ("zero", "mean")}
-    by_head = {f"{name}_{key}": [[a[key] for a in row] for row in arms] for name, arms in single.items() for key in ("mse", "difference", "interval")}
+    single = {
+        f"each_head_{kind}": [[arm(kind, l, heads=[h], count=HEAD_ABLATION) for h in heads] for l in layers] for kind in ("zero", "mean")
+    }
+    by_head = {
+        f"{name}_{key}": [[a[key] for a in row] for row in arms]
+        for name, arms in single.items()
+        for key in ("mse", "difference", "interval")
+    }
     mse = {l: whole[f"layer_{l}_attention_mean"]["mse"] for l in layers}
     measured, before = mse[1], study.baseline.mean()
     errors = study.errors(1, interventions.replace_outputs(values["mean"], interventions.layer_heads(model, 1)))
@@ -558,7 +628,12 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
         interval=bootstrap(errors, study.generator("mean ablation")),
         control={"unchanged": before, **whole, **by_head},
         verdict=verdict(measured <= 4 * before, measured < min(mse[0], mse[2])),
-        why=f"Means at each position over {POPULATION:,} sequences, MSE on {POPULATION:,} others. Rule: at most 4 times the unchanged MSE (the paper's factor is 2); partly if layer 1 is the layer whose attention can best be spared. Factors: layer 0 {mse[0] / before:.1f}, layer 1 {mse[1] / before:.1f}, layer 2 {mse[2] / before:.1f}. zero leaves b_O, which holds the folded value biases.",
+        why=(
+            f"Means at each position over {POPULATION:,} sequences, MSE on {POPULATION:,} others. Rule: at most 4 times the "
+            "unchanged MSE (the paper's factor is 2); partly if layer 1 is the layer whose attention can best be spared. "
+            f"Factors: layer 0 {mse[0] / before:.1f}, layer 1 {mse[1] / before:.1f}, layer 2 {mse[2] / before:.1f}. zero leaves "
+            "b_O, which holds the folded value biases."
+        ),
     )
 
 
@@ -577,7 +652,10 @@ def claim_l1_ov_effective_rank(study: Study) -> Finding:
             "share_of_squared_norm_in_the_first_direction": s[0] ** 2 / (s**2).sum(),
         },
         verdict=verdict(measured <= 0.5 * untrained, measured <= 0.9 * untrained and measured < ranks[2].mean()),
-        why="Participation ratio of the singular values, (sum s)^2 / sum s^2, of layer 1 head 0. Rule: at most half of what an untrained head has; partly if at least a tenth less than that and less than the mean of layer 2.",
+        why=(
+            "Participation ratio of the singular values, (sum s)^2 / sum s^2, of layer 1 head 0. Rule: at most half of what an "
+            "untrained head has; partly if at least a tenth less than that and less than the mean of layer 2."
+        ),
     )
 
 
@@ -596,7 +674,11 @@ def identity_finding(study: Study, circuit: Callable, full_circuit: Callable, si
             "layer_1": identity_cosine(circuit(study.model, 1)),
         },
         verdict=verdict(heads == len(cosines), heads > len(cosines) / 2),
-        why=f"Cosine between the circuit and I. Rule: {'at least 0.25' if sign > 0 else 'at most -0.25'} in every head, which is where the diagonal of a 128 x 128 matrix stands three standard deviations out from the other entries; partly in more than half of them. So it is in {heads}.",
+        why=(
+            f"Cosine between the circuit and I. Rule: {'at least 0.25' if sign > 0 else 'at most -0.25'} in every head, which is "
+            "where the diagonal of a 128 x 128 matrix stands three standard deviations out from the other entries; partly in "
+            f"more than half of them. So it is in {heads}."
+        ),
     )
 
 
@@ -609,7 +691,8 @@ def claim_l2_qk_identity(study: Study) -> Finding:
 
 
 def neighbours(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a_{n+1}, a_n and a_{n-1} for the predictable positions n = 2 .. , each [batch, pos - 2, d_vocab], of sequences a [batch, pos + 1, d_vocab]."""
+    """a_{n+1}, a_n and a_{n-1} for the predictable positions n = 2 .. , each [batch, pos - 2, d_vocab], of sequences a "
+    "[batch, pos + 1, d_vocab]."""
     return a[:, FIRST_POSITION + 1 :], a[:, FIRST_POSITION:-1], a[:, FIRST_POSITION - 1 : -2]
 
 
@@ -643,10 +726,16 @@ def claim_lens_after_l0(study: Study) -> Finding:
             "after_layer_0_attention": explained(lens(study, "blocks.0.hook_resid_mid")),
             "after_layer_1": explained(lens(study, "blocks.1.hook_resid_post")),
             "model": explained(study.activations["output"]),
-            "cosine_with_the_truth": F.cosine_similarity(lens(study, "blocks.0.hook_resid_post"), target, dim=-1)[:, FIRST_POSITION:].mean(),
+            "cosine_with_the_truth": F.cosine_similarity(lens(study, "blocks.0.hook_resid_post"), target, dim=-1)[
+                :, FIRST_POSITION:
+            ].mean(),
         },
         verdict=verdict(bool(measured >= 0.9 * linear), bool(rescaled >= 0.5)),
-        why="Measured: 1 - MSE / MSE of predicting 0, positions 2 to 13. Rule: at least nine tenths of what the best fixed linear predictor from a_n and a_{n-1} explains; partly if, multiplied by the best constant, it explains at least half: the right shape in the wrong size.",
+        why=(
+            "Measured: 1 - MSE / MSE of predicting 0, positions 2 to 13. Rule: at least nine tenths of what the best fixed "
+            "linear predictor from a_n and a_{n-1} explains; partly if, multiplied by the best constant, it explains at least "
+            "half: the right shape in the wrong size."
+        ),
     )
 
 
@@ -662,7 +751,10 @@ def claim_eigenvalue_score(study: Study) -> Finding:
             "untrained_range": [ov_eigenvalue_scores(study.untrained).min(), ov_eigenvalue_scores(study.untrained).max()],
         },
         verdict=verdict(bool((scores[2] <= -0.5).all()), scores[2].mean() < 0 and negative >= 5),
-        why=f"Rule: at most -0.5 in every head of layer 2; partly if the mean of layer 2 is negative and at least 5 of its heads are. Negative: {negative}; mean by layer: {', '.join(f'{m:.2f}' for m in scores.mean(1).tolist())}.",
+        why=(
+            "Rule: at most -0.5 in every head of layer 2; partly if the mean of layer 2 is negative and at least 5 of its heads "
+            f"are. Negative: {negative}; mean by layer: {', '.join(f'{m:.2f}' for m in scores.mean(1).tolist())}."
+        ),
     )
 
 
@@ -696,7 +788,10 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
         "zero_ablation": study.compare(study.errors(2, interventions.replace_outputs(zeros, [(2, h) for h in paper_heads]))),
     }
     for name, rival in ignorant.items():
-        control[f"{name}_minus_pseudoinverse"] = {"difference": (rival - errors.mean(0)).mean(), "interval": bootstrap(rival - errors.mean(0), study.generator("compare"))}
+        control[f"{name}_minus_pseudoinverse"] = {
+            "difference": (rival - errors.mean(0)).mean(),
+            "interval": bootstrap(rival - errors.mean(0), study.generator("compare")),
+        }
     before, measured = study.baseline.mean(), errors.mean()
     unchanged, telling = measured <= 1.5 * before, all(control[f"{name}_minus_pseudoinverse"]["interval"][0] > 0 for name in ignorant)
     return Finding(
@@ -704,8 +799,16 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
         interval=bootstrap(errors.mean(0), study.generator("pinv")),
         control={"unchanged": before, **control},
         verdict=verdict(bool(unchanged and telling), bool(unchanged)),
-        why=f"Mean over {QK_DRAWS} random W_Q, in heads 0 to 4, b_Q and b_K set to 0. Rule: at most 1.5 times the unchanged MSE (the paper's 1e-4 stays 1e-4), while attention that knows nothing, uniform or of random W_Q and W_K, does more harm (the interval of the difference is above 0); partly if the MSE stays but would have stayed with such attention too, so that nothing is learnt about QK. Factors: "
-        + ", ".join(f"{name.replace('_', ' ')} {control[name]['mse'] / before:.2f}" for name in ("pseudoinverse", *ignorant, "mean_ablation", "zero_ablation"))
+        why=(
+            f"Mean over {QK_DRAWS} random W_Q, in heads 0 to 4, b_Q and b_K set to 0. Rule: at most 1.5 times the unchanged MSE "
+            "(the paper's 1e-4 stays 1e-4), while attention that knows nothing, uniform or of random W_Q and W_K, does more "
+            "harm (the interval of the difference is above 0); partly if the MSE stays but would have stayed with such "
+            "attention too, so that nothing is learnt about QK. Factors: "
+        )
+        + ", ".join(
+            f"{name.replace('_', ' ')} {control[name]['mse'] / before:.2f}"
+            for name in ("pseudoinverse", *ignorant, "mean_ablation", "zero_ablation")
+        )
         + ".",
     )
 
@@ -724,10 +827,17 @@ def claim_mlp_dla(study: Study) -> Finding:
             "mean_of_the_sum_at_positions_2_to_10": early,
             "standard_reading": standard,
             "standard_reading_heads_of_each_layer": heads,
-            "standard_reading_mean_over_positions_2_to_13": {"mlps": standard[:, FIRST_POSITION:].mean(1), "heads": heads[:, FIRST_POSITION:].mean(1)},
+            "standard_reading_mean_over_positions_2_to_13": {
+                "mlps": standard[:, FIRST_POSITION:].mean(1),
+                "heads": heads[:, FIRST_POSITION:].mean(1),
+            },
         },
         verdict=verdict(bool(ordered), bool(late > 0 and late > early)),
-        why=f"Measured: [layer][position], ln_final on the MLP's output alone, target a_{{m+1}}. Rule: summed over layers positive at positions 11, 12 and 13 and there on average more than twice as large as at positions 2 to 10; partly if positive and larger. {late:.1f} against {early:.1f}.",
+        why=(
+            f"Measured: [layer][position], ln_final on the MLP's output alone, target a_{{m+1}}. Rule: summed over layers "
+            "positive at positions 11, 12 and 13 and there on average more than twice as large as at positions 2 to 10; partly "
+            f"if positive and larger. {late:.1f} against {early:.1f}."
+        ),
     )
 
 
@@ -758,8 +868,17 @@ def claim_alpha(study: Study) -> Finding:
             "before_layer_0": fits(lens(study, "blocks.0.hook_resid_pre")[:, FIRST_POSITION:]),
             "true_next_vector": fits(truth),
         },
-        verdict=verdict(bool(2.1 <= measured <= 2.5 and after["R2_with_a_n_at_1"] >= 0.5 and 0.5 <= after["a_n"] <= 1.5), after["a_n-1"] > 0 and after["R2"] >= 0.5),
-        why=f"Measured: least squares of the unembedded residual stream after layer 0 on a_n + alpha a_{{n-1}}, positions 2 to 13. Rule: alpha within 2.1 to 2.5 and R^2 at least 0.5, and with both coefficients free that of a_n between 0.5 and 1.5, so that it really is a_n plus something; partly if with both free that of a_{{n-1}} is positive and R^2 at least 0.5. Both free: {after['a_n']:.2f} a_n + {after['a_n-1']:.2f} a_{{n-1}}. true_next_vector is what the best fixed linear predictor would be.",
+        verdict=verdict(
+            bool(2.1 <= measured <= 2.5 and after["R2_with_a_n_at_1"] >= 0.5 and 0.5 <= after["a_n"] <= 1.5),
+            after["a_n-1"] > 0 and after["R2"] >= 0.5,
+        ),
+        why=(
+            f"Measured: least squares of the unembedded residual stream after layer 0 on a_n + alpha a_{{n-1}}, positions 2 to "
+            "13. Rule: alpha within 2.1 to 2.5 and R^2 at least 0.5, and with both coefficients free that of a_n between 0.5 "
+            f"and 1.5, so that it really is a_n plus something; partly if with both free that of a_{{n-1}} is positive and R^2 "
+            f"at least 0.5. Both free: {after['a_n']:.2f} a_n + {after['a_n-1']:.2f} a_{{n-1}}. true_next_vector is what the "
+            "best fixed linear predictor would be."
+        ),
     )
 
 
@@ -788,14 +907,17 @@ def grid(rows: int, columns: int, width: float, height: float, title: str, **opt
 
 
 def heat(axes, matrix: Tensor, limit: float | None = None):
-    """A heat map, with the values written in where they are few: diverging about 0 with the range [-limit, limit], blue positive as in the paper, or attention from 0 to 1 where `limit` is None."""
+    """A heat map, with the values written in where they are few: diverging about 0 with the range [-limit, limit], "
+    "blue positive as in the paper, or attention from 0 to 1 where `limit` is None."""
     options = {"cmap": "Blues", "vmin": 0, "vmax": 1} if limit is None else {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
     image = axes.imshow(matrix, **options)
     axes.spines[:].set_visible(True)
     if matrix.numel() <= 64:
         for (row, column), value in np.ndenumerate(matrix.numpy()):
             color = "white" if abs(value) > 0.6 * options["vmax"] else "black"
-            axes.text(column, row, f"{value:.2f}" if options["vmax"] >= 0.1 else f"{value:.3f}", ha="center", va="center", fontsize=7, color=color)
+            axes.text(
+                column, row, f"{value:.2f}" if options["vmax"] >= 0.1 else f"{value:.3f}", ha="center", va="center", fontsize=7, color=color
+            )
     return image
 
 
@@ -829,7 +951,11 @@ def figure_loss(study: Study):
     axes.semilogy(log["step"], log["loss"], color="0.6", label="training loss, mean since the row before")
     axes.semilogy(log["step"], log["eval_mse"], color=MODEL, label="held-out MSE")
     axes.axhline(1e-4, color=TRUTH, ls="--", label="paper: 0.0001")
-    axes.set(xlabel="step", ylabel="mean squared error", title=f"at the last step, {log['step'][-1]:,.0f}: held-out MSE {log['eval_mse'][-1]:.2e}")
+    axes.set(
+        xlabel="step",
+        ylabel="mean squared error",
+        title=f"at the last step, {log['step'][-1]:,.0f}: held-out MSE {log['eval_mse'][-1]:.2e}",
+    )
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend()
     return figure
@@ -880,7 +1006,10 @@ def figure_layer_2_steady(study: Study):
 def figure_head_attribution(study: Study):
     figure, panels = grid(2, 2, 10, 7.5, "Direct logit attribution of the heads to the next vector", height_ratios=[1, 2.6])
     n_layers, n_heads = study.model.config.n_layers, study.model.config.n_heads
-    readings = {"paper_next": "(a) the paper's: ln_final on the head alone", "standard_next": "(b) standard: the scale of the whole residual stream"}
+    readings = {
+        "paper_next": "(a) the paper's: ln_final on the head alone",
+        "standard_next": "(b) standard: the scale of the whole residual stream",
+    }
     for (top, bottom), (name, title) in zip(panels.T, readings.items()):
         by_position = study.head_attribution[name]  # [layer, head, pos]
         mean = by_position[..., FIRST_POSITION:].mean(-1)
@@ -916,12 +1045,22 @@ def figure_ov_resid(study: Study):
         ("raw", raw, raw @ ov.sum(0), "raw residual stream vector $x$", "(OV $x$)$_d$"),
         ("normalised", normalised, normalised @ ov.sum(0), "normalised vector, as OV reads it", "(OV $\\ln x$)$_d$"),
         ("raw_to_what_is_added", raw, normalised @ ov.sum(0), "raw vector against what is added to it", "(OV $\\ln x$)$_d$"),
-        ("data_coordinates", a, a @ full_ov_circuit(study.model, 0).sum(0), "data vector through $W_E$ OV $W_U$", "component of $a\\,W_E$ OV $W_U$"),
+        (
+            "data_coordinates",
+            a,
+            a @ full_ov_circuit(study.model, 0).sum(0),
+            "data vector through $W_E$ OV $W_U$",
+            "component of $a\\,W_E$ OV $W_U$",
+        ),
     ]
     for axes, (name, x, y, title, ylabel) in zip(panels.flat, shown):
         scatter_fit(axes, x, y)
         slope, _, r2 = fits[name]
-        axes.set(title=f"{title}\nall vectors: slope {slope.mean():.2f}, $R^2$ {r2.mean():.2f}", xlabel="$a_d$" if name == "data_coordinates" else "$x_d$", ylabel=ylabel)
+        axes.set(
+            title=f"{title}\nall vectors: slope {slope.mean():.2f}, $R^2$ {r2.mean():.2f}",
+            xlabel="$a_d$" if name == "data_coordinates" else "$x_d$",
+            ylabel=ylabel,
+        )
     slope, _, r2 = fits["raw"]
     panels[1, 1].hist(slope.flatten(), bins=60, color=TRUTH)
     panels[1, 1].axvspan(2.1, 2.5, color="0.85", zorder=0, label="paper: 2.1 to 2.5")
@@ -937,7 +1076,12 @@ def figure_ov_resid(study: Study):
 def figure_ov_sum(study: Study):
     total, full = ov_circuit(study.model, 0).sum(0), full_ov_circuit(study.model, 0).sum(0)
     figure, panels = grid(1, 2, 10, 4.6, "Sum of the OV circuits over all heads of layer 0")
-    for axes, matrix, title, name in zip(panels, (total, full), ("$W_V W_O$, as in the paper", "$W_E W_V W_O W_U$, between data vectors"), ("residual stream dimension", "data dimension")):
+    for axes, matrix, title, name in zip(
+        panels,
+        (total, full),
+        ("$W_V W_O$, as in the paper", "$W_E W_V W_O W_U$, between data vectors"),
+        ("residual stream dimension", "data dimension"),
+    ):
         figure.colorbar(heat(axes, matrix, matrix.abs().max()), ax=axes, label="weight")
         axes.set(title=f"{title}: cosine with I {identity_cosine(matrix):.2f}", xlabel=f"written {name}", ylabel=f"read {name}")
     return figure
@@ -978,15 +1122,25 @@ def draw_circuit(circuits: Tensor, title: str, xlabel: str, ylabel: str):
 
 
 def figure_ov_1(study: Study):
-    return draw_circuit(ov_circuit(study.model, 1), f"OV circuits of layer 1; head 0 has effective rank {effective_rank(ov_circuit(study.model, 1)[0]):.1f} of {study.model.config.d_head}", "written residual stream dimension", "read residual stream dimension")
+    return draw_circuit(
+        ov_circuit(study.model, 1),
+        f"OV circuits of layer 1; head 0 has effective rank {effective_rank(ov_circuit(study.model, 1)[0]):.1f} of "
+        f"{study.model.config.d_head}",
+        "written residual stream dimension",
+        "read residual stream dimension",
+    )
 
 
 def figure_ov_2(study: Study):
-    return draw_circuit(ov_circuit(study.model, 2), "OV circuits of layer 2", "written residual stream dimension", "read residual stream dimension")
+    return draw_circuit(
+        ov_circuit(study.model, 2), "OV circuits of layer 2", "written residual stream dimension", "read residual stream dimension"
+    )
 
 
 def figure_qk_2(study: Study):
-    return draw_circuit(qk_circuit(study.model, 2), "QK circuits of layer 2", "source residual stream dimension", "destination residual stream dimension")
+    return draw_circuit(
+        qk_circuit(study.model, 2), "QK circuits of layer 2", "source residual stream dimension", "destination residual stream dimension"
+    )
 
 
 def figure_lens(study: Study):
@@ -1000,9 +1154,18 @@ def figure_lens(study: Study):
             axes = panels[row, column]
             axes.plot(positions, a[i, FIRST_POSITION + 1 :, dimension], color=TRUTH, marker="o", ms=4, label="true next vector")
             for name, (prediction, color) in predictions.items():
-                axes.plot(positions, prediction[i, FIRST_POSITION:, dimension], color=color, ls="--" if color == MODEL else "-", marker=".", label=name)
+                axes.plot(
+                    positions,
+                    prediction[i, FIRST_POSITION:, dimension],
+                    color=color,
+                    ls="--" if color == MODEL else "-",
+                    marker=".",
+                    label=name,
+                )
             linear = beta * a[i, FIRST_POSITION:-1, dimension] + alpha * a[i, FIRST_POSITION - 1 : -2, dimension]
-            axes.plot(positions, linear, color="0.6", lw=1, label=f"{beta:.2f} $a_n$ + {alpha:.2f} $a_{{n-1}}$, the best\nfixed linear predictor")
+            axes.plot(
+                positions, linear, color="0.6", lw=1, label=f"{beta:.2f} $a_n$ + {alpha:.2f} $a_{{n-1}}$, the best\nfixed linear predictor"
+            )
             axes.axhline(0, color="0.9", zorder=0)
             axes.set_title(f"c = {study.population.c[i]:.2f}, dimension {dimension}")
         panels[1, column].set_xlabel("position")
@@ -1017,7 +1180,9 @@ def figure_eigenvalues(study: Study):
     n_layers, n_heads = study.model.config.n_layers, study.model.config.n_heads
     full = torch.stack([eigenvalue_score(full_ov_circuit(study.model, l)) for l in range(n_layers)])
     figure, panels = grid(1, 2, 10, 2.8, "Eigenvalue scores of the OV circuits")
-    for axes, scores, title in zip(panels, (ov_eigenvalue_scores(study.model), full), ("$W_V W_O$, as in the paper", "$W_E W_V W_O W_U$, the full circuit")):
+    for axes, scores, title in zip(
+        panels, (ov_eigenvalue_scores(study.model), full), ("$W_V W_O$, as in the paper", "$W_E W_V W_O W_U$, the full circuit")
+    ):
         image = heat(axes, scores, 1.0)
         axes.set(title=title, xlabel="head", ylabel="layer")
         integer_ticks(axes, n_heads, n_layers)
@@ -1027,7 +1192,10 @@ def figure_eigenvalues(study: Study):
 
 def figure_mlp_attribution(study: Study):
     figure, panels = grid(1, 2, 10, 3.8, "Direct logit attribution of the MLPs to the next vector, by position")
-    readings = {"paper_next": "(a) the paper's: ln_final on the MLP alone", "standard_next": "(b) standard: the scale of the whole residual stream"}
+    readings = {
+        "paper_next": "(a) the paper's: ln_final on the MLP alone",
+        "standard_next": "(b) standard: the scale of the whole residual stream",
+    }
     for axes, (name, title) in zip(panels, readings.items()):
         for layer, values in enumerate(study.mlp_attribution[name]):
             axes.plot(values, marker="o", ms=4, color=(TRUTH, OTHER, LENS)[layer % 3], label=f"MLP of layer {layer}")
@@ -1035,7 +1203,9 @@ def figure_mlp_attribution(study: Study):
             axes.plot(study.head_attribution[name].sum((0, 1)), color="0.6", ls="--", label="all heads together")
         axes.axhline(0, color="0.8", zorder=0)
         axes.axvspan(-0.5, FIRST_POSITION - 0.5, color="0.95", zorder=0)
-        axes.set(title=title, xlabel="position (grey: the next vector cannot be known yet)", ylabel="dot product", xlim=(-0.5, MAX_LENGTH - 0.5))
+        axes.set(
+            title=title, xlabel="position (grey: the next vector cannot be known yet)", ylabel="dot product", xlim=(-0.5, MAX_LENGTH - 0.5)
+        )
         integer_ticks(axes, MAX_LENGTH)
         axes.legend()
     return figure
@@ -1046,9 +1216,19 @@ def figure_estimate(study: Study):
     i, dimension = pick(study.population, -0.9), 0
     a = study.population.a[i, :, dimension]
     positions = range(1, MAX_LENGTH)
-    figure, axes = grid(1, 1, 8, 4, f"What layer 0 does to one alternating sequence: c = {study.population.c[i]:.2f}, dimension {dimension}")
-    axes.plot(positions, lens(study, "blocks.0.hook_resid_pre")[i, 1:, dimension], color="goldenrod", marker=".", label="before layer 0, unembedded")
-    axes.plot(positions, lens(study, "blocks.0.hook_resid_post")[i, 1:, dimension], color="purple", marker=".", label="after layer 0, unembedded")
+    figure, axes = grid(
+        1, 1, 8, 4, f"What layer 0 does to one alternating sequence: c = {study.population.c[i]:.2f}, dimension {dimension}"
+    )
+    axes.plot(
+        positions,
+        lens(study, "blocks.0.hook_resid_pre")[i, 1:, dimension],
+        color="goldenrod",
+        marker=".",
+        label="before layer 0, unembedded",
+    )
+    axes.plot(
+        positions, lens(study, "blocks.0.hook_resid_post")[i, 1:, dimension], color="purple", marker=".", label="after layer 0, unembedded"
+    )
     axes.plot(positions, a[1:-1] + 2.3 * a[:-2], color=OTHER, marker=".", label="$a_n + 2.3\\,a_{n-1}$ (the paper's $\\alpha$)")
     axes.plot(positions, a[2:], color=TRUTH, marker="o", ms=4, label="$a_{n+1}$, the truth")
     axes.axhline(0, color="0.9", zorder=0)
@@ -1114,7 +1294,9 @@ CLAIMS = {
     "mse": Claim("MSE after training", 1e-4, 2, claim_mse),
     "l0_prev_token": Claim("layer 0 heads, all but one, attend to the previous vector", "7 of 8 heads", 3, claim_l0_prev_token),
     "l1_second_token": Claim("most layer 1 heads attend to the second vector", "most", 4, claim_l1_second_token),
-    "l2_checkerboard": Claim("layer 2 attends to same-parity positions on alternating sequences and not on others", "yes", 5, claim_l2_checkerboard),
+    "l2_checkerboard": Claim(
+        "layer 2 attends to same-parity positions on alternating sequences and not on others", "yes", 5, claim_l2_checkerboard
+    ),
     "dla_sign": Claim("direct logit attribution: layer 0 positive, layer 1 near 0, layer 2 negative", "+, 0, -", 7, claim_dla_sign),
     "l0_ov_r2": Claim("layer 0 OV is linear on residual stream vectors: R^2", 0.83, 8, claim_l0_ov_r2),
     "l0_ov_slope": Claim("its slope", "2.1 to 2.5", 8, claim_l0_ov_slope),
@@ -1125,7 +1307,9 @@ CLAIMS = {
     "l1_ov_effective_rank": Claim("OV of layer 1 head 0 has low effective rank", "low", 11, claim_l1_ov_effective_rank),
     "l2_ov_identity": Claim("OV is like -I in every layer 2 head", "yes", 12, claim_l2_ov_identity),
     "l2_qk_identity": Claim("QK is like +I in every layer 2 head", "yes", 13, claim_l2_qk_identity),
-    "lens_after_l0": Claim("the residual stream after layer 0, unembedded, is already a fair estimate of the output", "Figure 14", 14, claim_lens_after_l0),
+    "lens_after_l0": Claim(
+        "the residual stream after layer 0, unembedded, is already a fair estimate of the output", "Figure 14", 14, claim_lens_after_l0
+    ),
     "eigenvalue_score": Claim("OV eigenvalue scores: layer 2 copies negatively", "layer 2 negative", 15, claim_eigenvalue_score),
     "l2_qk_pinv": Claim("MSE with W_Q random and W_K^T its pseudoinverse in layer 2 heads 0-4: unchanged", 1e-4, 13, claim_l2_qk_pinv),
     "mlp_dla": Claim("the MLPs push in the right direction mainly at the last positions", "Figure 16", 16, claim_mlp_dla),
@@ -1181,28 +1365,52 @@ def meta(study: Study) -> dict:
             "qk_draws": QK_DRAWS,
             "bootstrap": RESAMPLES,
         },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "matplotlib": matplotlib.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "matplotlib": matplotlib.__version__,
+        },
     }
 
 
 def markdown(results: dict) -> str:
     """results.md: a table with a row for each claim, then the rule and the controls of each."""
-    lines = ["# What the paper claims and what this model shows", "", "Written by `python analyze.py --all`; all numbers, with more digits, are in `results.json`.", ""]
+    lines = [
+        "# What the paper claims and what this model shows",
+        "",
+        "Written by `python analyze.py --all`; all numbers, with more digits, are in `results.json`.",
+        "",
+    ]
     lines += [f"{key}: {short(value)}  " for key, value in results["meta"].items()]
     lines += ["", "| claim | figure | paper | measured | 95% interval | verdict |", "| --- | --- | --- | --- | --- | --- |"]
     for name, claim in results["claims"].items():
         number = CLAIMS[name].figure
         interval = " to ".join(short(end) for end in claim["interval"]) if claim["interval"] else ""
-        lines.append(f"| [`{name}`](#{name}) {claim['claim']} | [{number}]({figure_file(number)}) | {short(claim['paper'])} | {short(claim['measured'])} | {interval} | {claim['verdict']} |")
+        lines.append(
+            f"| [`{name}`](#{name}) {claim['claim']} | [{number}]({figure_file(number)}) | {short(claim['paper'])} | "
+            f"{short(claim['measured'])} | {interval} | {claim['verdict']} |"
+        )
     for name, claim in results["claims"].items():
-        lines += ["", f"## {name}", "", f"{claim['claim'].replace('|', '')}: **{claim['verdict']}**. {claim['why']}", "", "| control | value |", "| --- | --- |"]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{claim['claim'].replace('|', '')}: **{claim['verdict']}**. {claim['why']}",
+            "",
+            "| control | value |",
+            "| --- | --- |",
+        ]
         lines += [f"| {key.replace('_', ' ')} | {short(value)} |" for key, value in claim["control"].items()]
     return "\n".join(lines) + "\n"
 
 
 def table(results: dict) -> str:
     """The claims as lines for a terminal."""
-    rows = [(name, short(claim["paper"]), short(claim["measured"]).replace("<br>", " / "), claim["verdict"]) for name, claim in results["claims"].items()]
+    rows = [
+        (name, short(claim["paper"]), short(claim["measured"]).replace("<br>", " / "), claim["verdict"])
+        for name, claim in results["claims"].items()
+    ]
     rows = [(name, paper, measured if len(measured) <= 50 else measured[:47] + "...", verdict) for name, paper, measured, verdict in rows]
     rows = [("claim", "paper", "measured", "verdict"), *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -1256,14 +1464,18 @@ def run(study: Study, out: str, figures: list[int], claims: list[str]):
         write(os.path.join(out, "results.json"), json.dumps(results, indent=1) + "\n")
         write(os.path.join(out, "results.md"), markdown(results))
         print(table(results))
-    print(f"{len(figures)} figures{' and results.json, results.md' if claims else ''} in {out}, {time.perf_counter() - progress.start:.0f} s")
+    print(
+        f"{len(figures)} figures{' and results.json, results.md' if claims else ''} in {out}, {time.perf_counter() - progress.start:.0f} s"
+    )
 
 
 def main():
     parser = CommandLine(__doc__)
     parser.add_argument("--all", action="store_true", help="draw every figure, measure every claim, write results.json and results.md")
     parser.add_argument("--list", action="store_true", help="list the figures and claims")
-    parser.add_argument("--fig", type=whole_number(1), action="append", default=[], metavar="N", help="draw figure N; may be given several times")
+    parser.add_argument(
+        "--fig", type=whole_number(1), action="append", default=[], metavar="N", help="draw figure N; may be given several times"
+    )
     parser.add_argument("--run", default="weights", metavar="DIR", help="folder with weights.pt and log.csv (default: weights)")
     parser.add_argument("--out", default="figures", metavar="DIR", help="folder for the figures and results (default: figures)")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the sequences and random matrices (default: 0)")
@@ -1274,10 +1486,14 @@ def main():
     if not (arguments.all or arguments.list or arguments.fig):
         parser.error("nothing to do: give --all, --fig N or --list")
 
-    if arguments.list:
-        print("\n".join(f"figure {number:2}  {figure.title}" for number, figure in FIGURES.items()))
-        print("\n".join(f"claim  {name}: {claim.claim} (paper: {short(claim.paper)}; figure {claim.figure})" for name, claim in CLAIMS.items()))
     try:
+        if arguments.list:
+            print("\n".join(f"figure {number:2}  {figure.title}" for number, figure in FIGURES.items()))
+            print(
+                "\n".join(
+                    f"claim  {name}: {claim.claim} (paper: {short(claim.paper)}; figure {claim.figure})" for name, claim in CLAIMS.items()
+                )
+            )
         if arguments.all or arguments.fig:
             study = Study(arguments.run, arguments.seed)
             run(study, arguments.out, list(FIGURES) if arguments.all else sorted(set(arguments.fig)), list(CLAIMS) if arguments.all else [])

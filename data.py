@@ -29,7 +29,9 @@ class Sample(NamedTuple):
     d: Tensor  # [batch, d_vocab], scaled like a, so that a[:, k] = c a[:, k - 1] + d still holds
 
 
-def sample(batch: int, length: int, generator: torch.Generator, d_vocab: int = D_VOCAB, c_range: tuple[float, float] = (-2.0, 2.0)) -> Sample:
+def sample(
+    batch: int, length: int, generator: torch.Generator, d_vocab: int = D_VOCAB, c_range: tuple[float, float] = (-2.0, 2.0)
+) -> Sample:
     """Draw `batch` recurrences with `length` inputs each, on the generator's device (section 3.1).
 
     c ~ U[c_range] is one scalar per sequence; a_0 and d ~ U[-2, 2]^d_vocab. All vectors and d are then divided by
@@ -76,7 +78,10 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
     Both [batch, pos, d_vocab] with pos >= 3. This is the training loss, and what "MSE" means everywhere in this project.
     """
     if prediction.shape != target.shape or prediction.shape[-2] <= FIRST_POSITION:
-        raise ValueError(f"prediction and target must have one shape with at least {FIRST_POSITION + 1} positions, not {tuple(prediction.shape)} and {tuple(target.shape)}")
+        raise ValueError(
+            f"prediction and target must have one shape with at least {FIRST_POSITION + 1} positions, "
+            f"not {tuple(prediction.shape)} and {tuple(target.shape)}"
+        )
     return F.mse_loss(prediction[..., FIRST_POSITION:, :], target[..., FIRST_POSITION:, :])
 
 

@@ -209,7 +209,9 @@ class Transformer(nn.Module):
         """
         config = self.config
         if x.dim() != 3 or x.shape[-1] != config.d_vocab or not 1 <= x.shape[1] <= config.n_ctx:
-            raise ValueError(f"x must be [batch, pos, d_vocab = {config.d_vocab}] with 1 to n_ctx = {config.n_ctx} positions, not {list(x.shape)}")
+            raise ValueError(
+                f"x must be [batch, pos, d_vocab = {config.d_vocab}] with 1 to n_ctx = {config.n_ctx} positions, not {list(x.shape)}"
+            )
         if not x.is_floating_point():
             raise ValueError(f"x must hold floating point vectors, not {x.dtype}: this model has no tokens")
         at = self.watch(hooks, cache)
@@ -217,7 +219,9 @@ class Transformer(nn.Module):
         pos_embed = at("hook_pos_embed", self.pos_embed.W_pos[: x.shape[1]].expand_as(embed))
         return self.run_from(0, embed + pos_embed, hooks, cache)
 
-    def run_from(self, layer: int, resid: Tensor, hooks: dict[str, Callable] | None = None, cache: dict[str, Tensor] | None = None) -> Tensor:
+    def run_from(
+        self, layer: int, resid: Tensor, hooks: dict[str, Callable] | None = None, cache: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """The rest of the forward pass, from blocks.{layer}.hook_resid_pre on: resid [batch, pos, d_model] -> [batch, pos, d_vocab].
 
         An intervention in one layer leaves everything before it as it was, and need not compute it again. With
@@ -287,7 +291,10 @@ def save_file(value, path: str):
 
 
 def load_file(path: str, what: str) -> dict:
-    """A dict that `save_file` wrote, on the CPU. FileNotFoundError if there is none, ValueError if it cannot be read; `what` names it in the message."""
+    """A dict that `save_file` wrote, on the CPU; `what` names the file in messages.
+
+    Raises FileNotFoundError if there is none and ValueError if it cannot be read.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no {what} at {path}")
     try:
@@ -314,7 +321,9 @@ def load_weights(path: str, config: Config = Config()) -> Transformer:
         raise ValueError(f"{path} holds {unknown[0]}, which this model does not have")
     for name, value in expected.items():
         if not isinstance(state[name], Tensor) or state[name].shape != value.shape:
-            raise ValueError(f"{path} was written for another model: {name} is {list(getattr(state[name], 'shape', []))}, expected {list(value.shape)}")
+            raise ValueError(
+                f"{path} was written for another model: {name} is {list(getattr(state[name], 'shape', []))}, expected {list(value.shape)}"
+            )
         if not state[name].isfinite().all():
             raise ValueError(f"{path} holds values in {name} that are not finite")
     model.load_state_dict(state)

@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 from unittest import mock
 
@@ -69,7 +68,10 @@ def reference(state: dict, x: torch.Tensor, config: model.Config, edit: dict) ->
             p = {name: state[f"{block}.attn.{name}"] for name in ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")}
             v = at(f"{block}.hook_resid_pre", v)
             u = layer_norm(f"{block}.ln1", v)
-            q, k, value = (at(f"{block}.attn.hook_{s.lower()}", torch.stack([u @ p[f"W_{s}"][h] + p[f"b_{s}"][h] for h in range(config.n_heads)], 1)) for s in "QKV")
+            q, k, value = (
+                at(f"{block}.attn.hook_{s.lower()}", torch.stack([u @ p[f"W_{s}"][h] + p[f"b_{s}"][h] for h in range(config.n_heads)], 1))
+                for s in "QKV"
+            )
             scores = torch.full((config.n_heads, n, n), -torch.inf, dtype=x.dtype)
             for h in range(config.n_heads):
                 for d in range(n):
@@ -82,7 +84,10 @@ def reference(state: dict, x: torch.Tensor, config: model.Config, edit: dict) ->
             v = at(f"{block}.hook_resid_mid", v + at(f"{block}.hook_attn_out", result.sum(1) + p["b_O"]))
             pre = at(f"{block}.mlp.hook_pre", layer_norm(f"{block}.ln2", v) @ state[f"{block}.mlp.W_in"] + state[f"{block}.mlp.b_in"])
             post = at(f"{block}.mlp.hook_post", pre.clamp(min=0))
-            v = at(f"{block}.hook_resid_post", v + at(f"{block}.hook_mlp_out", post @ state[f"{block}.mlp.W_out"] + state[f"{block}.mlp.b_out"]))
+            v = at(
+                f"{block}.hook_resid_post",
+                v + at(f"{block}.hook_mlp_out", post @ state[f"{block}.mlp.W_out"] + state[f"{block}.mlp.b_out"]),
+            )
         outputs.append(layer_norm("ln_final", v) @ state["unembed.W_U"] + state["unembed.b_U"])
     return torch.stack(outputs)
 
@@ -90,7 +95,11 @@ def reference(state: dict, x: torch.Tensor, config: model.Config, edit: dict) ->
 def command(main, *arguments: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of a command line, without a new process."""
     out, err = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", [f"{main.__module__}.py", *arguments]), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        mock.patch.object(sys, "argv", [f"{main.__module__}.py", *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         try:
             main()
             status = 0
@@ -118,7 +127,7 @@ class TestCase(unittest.TestCase):
 
     def assertRefused(self, status: int, says: str, main, *arguments: str):
         """The command ends with `status` and one line on standard error that contains `says`."""
-        got, out, err = command(main, *arguments)
+        got, _, err = command(main, *arguments)
         self.assertEqual((got, len(err.strip().splitlines())), (status, 1), err)
         self.assertIn(says, err)
 
@@ -202,20 +211,51 @@ class Model(TestCase):
         transformer(random_input(), cache=cache)
         self.assertEqual(sorted(cache), sorted(transformer.hook_names))
         b, p, h, d, e, m = 4, 6, SMALL.n_heads, SMALL.d_model, SMALL.d_head, SMALL.d_mlp
-        shapes = {"hook_embed": (b, p, d), "hook_pos_embed": (b, p, d), "blocks.1.hook_resid_pre": (b, p, d), "blocks.1.ln1.hook_scale": (b, p, 1), "blocks.1.ln1.hook_normalized": (b, p, d)}
-        shapes |= {f"blocks.1.attn.hook_{n}": (b, p, h, e) for n in "qkvz"} | {f"blocks.1.attn.hook_{n}": (b, h, p, p) for n in ("attn_scores", "pattern")}
-        shapes |= {"blocks.1.attn.hook_result": (b, p, h, d), "blocks.1.hook_attn_out": (b, p, d), "blocks.1.hook_resid_mid": (b, p, d), "blocks.1.mlp.hook_pre": (b, p, m), "blocks.1.mlp.hook_post": (b, p, m)}
-        shapes |= {"blocks.1.hook_mlp_out": (b, p, d), "blocks.1.hook_resid_post": (b, p, d), "ln_final.hook_scale": (b, p, 1), "ln_final.hook_normalized": (b, p, d)}
+        shapes = {
+            "hook_embed": (b, p, d),
+            "hook_pos_embed": (b, p, d),
+            "blocks.1.hook_resid_pre": (b, p, d),
+            "blocks.1.ln1.hook_scale": (b, p, 1),
+            "blocks.1.ln1.hook_normalized": (b, p, d),
+        }
+        shapes |= {f"blocks.1.attn.hook_{n}": (b, p, h, e) for n in "qkvz"} | {
+            f"blocks.1.attn.hook_{n}": (b, h, p, p) for n in ("attn_scores", "pattern")
+        }
+        shapes |= {
+            "blocks.1.attn.hook_result": (b, p, h, d),
+            "blocks.1.hook_attn_out": (b, p, d),
+            "blocks.1.hook_resid_mid": (b, p, d),
+            "blocks.1.mlp.hook_pre": (b, p, m),
+            "blocks.1.mlp.hook_post": (b, p, m),
+        }
+        shapes |= {
+            "blocks.1.hook_mlp_out": (b, p, d),
+            "blocks.1.hook_resid_post": (b, p, d),
+            "ln_final.hook_scale": (b, p, 1),
+            "ln_final.hook_normalized": (b, p, d),
+        }
         self.assertEqual({name: tuple(cache[name].shape) for name in shapes}, shapes)
 
     def test_parameters_have_transformer_lens_names_and_shapes(self):
         shapes = {name: tuple(value.shape) for name, value in model.Transformer(generator=seeded()).state_dict().items()}
-        expected = {"embed.W_E": (40, 128), "pos_embed.W_pos": (32, 128), "ln_final.w": (128,), "ln_final.b": (128,), "unembed.W_U": (128, 40), "unembed.b_U": (40,)}
+        expected = {
+            "embed.W_E": (40, 128),
+            "pos_embed.W_pos": (32, 128),
+            "ln_final.w": (128,),
+            "ln_final.b": (128,),
+            "unembed.W_U": (128, 40),
+            "unembed.b_U": (40,),
+        }
         for l in range(3):
             expected |= {f"blocks.{l}.{ln}.{p}": (128,) for ln in ("ln1", "ln2") for p in "wb"}
             expected |= {f"blocks.{l}.attn.W_{n}": (8, 128, 64) for n in "QKV"} | {f"blocks.{l}.attn.b_{n}": (8, 64) for n in "QKV"}
             expected |= {f"blocks.{l}.attn.W_O": (8, 64, 128), f"blocks.{l}.attn.b_O": (128,)}
-            expected |= {f"blocks.{l}.mlp.W_in": (128, 3072), f"blocks.{l}.mlp.b_in": (3072,), f"blocks.{l}.mlp.W_out": (3072, 128), f"blocks.{l}.mlp.b_out": (128,)}
+            expected |= {
+                f"blocks.{l}.mlp.W_in": (128, 3072),
+                f"blocks.{l}.mlp.b_in": (3072,),
+                f"blocks.{l}.mlp.W_out": (3072, 128),
+                f"blocks.{l}.mlp.b_out": (128,),
+            }
         self.assertEqual(shapes, expected)
 
     def test_initial_weights_have_the_standard_deviation_of_the_specification(self):
@@ -399,13 +439,34 @@ class Training(TestCase):
 
     def test_two_ranks_share_the_seeds_and_resume_after_a_kill(self):
         out = self.folder()
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "train.py", "--seeds", "0-2", "--steps", "2", "--batch-size", "2", "--device", "cpu", "--out", out]
-        run = lambda *more: subprocess.run([*torchrun, *more], cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--master_port=0",
+            "train.py",
+            "--seeds",
+            "0-2",
+            "--steps",
+            "2",
+            "--batch-size",
+            "2",
+            "--device",
+            "cpu",
+            "--out",
+            out,
+        ]
+        run = lambda *more: subprocess.run(
+            [*torchrun, *more], cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
         first = run()
         self.assertEqual(first.returncode, 0, first.stderr)
         self.assertEqual(sorted(os.listdir(out)), ["seed_0000", "seed_0001", "seed_0002"])
         single = os.path.join(self.folder(), "single")
-        status, _, err = command(train.main, "--seed", "2", "--steps", "2", "--batch-size", "2", "--threads", "1", "--device", "cpu", "--out", single)
+        status, _, err = command(
+            train.main, "--seed", "2", "--steps", "2", "--batch-size", "2", "--threads", "1", "--device", "cpu", "--out", single
+        )
         self.assertEqual(status, 0, err)
         self.assertEqual(read(os.path.join(single, "weights.pt")), read(os.path.join(out, "seed_0002", "weights.pt")))
         os.remove(os.path.join(out, "seed_0001", "checkpoint.pt"))  # as if seed 1 had been killed before it began
@@ -420,7 +481,10 @@ class Training(TestCase):
 
     def test_benchmark_parts_add_up(self):
         config = dataclasses.replace(SMALL_TASK, d_model=32)
-        with mock.patch.object(train, "Config", lambda: config), mock.patch.object(train.Run, "__init__", functools.partialmethod(train.Run.__init__, config=config)):
+        with (
+            mock.patch.object(train, "Config", lambda: config),
+            mock.patch.object(train.Run, "__init__", functools.partialmethod(train.Run.__init__, config=config)),
+        ):
             rows = {row[:14].strip(): row[14:].split() for row in train.benchmark(self.options(), 36).splitlines()}
         parts = sum(float(rows[name][0]) for name in ("sampling", "forward", "backward", "AdamW"))
         self.assertAlmostEqual(parts, float(rows["step"][0]), delta=0.25 * parts)
@@ -478,7 +542,9 @@ class Training(TestCase):
         a, b = (torch.load(os.path.join(folder, out, "weights.pt"), weights_only=True) for out in ("whole", "killed"))
         self.assertEqual(a.keys(), b.keys())
         self.assertTrue(all(torch.equal(a[name], b[name]) for name in a))
-        logs = [[line.split(",")[:3] for line in read(os.path.join(folder, out, "log.csv")).decode().split()] for out in ("whole", "killed")]
+        logs = [
+            [line.split(",")[:3] for line in read(os.path.join(folder, out, "log.csv")).decode().split()] for out in ("whole", "killed")
+        ]
         self.assertEqual(logs[0], logs[1])
         self.assertEqual([row[0] for row in logs[0]], ["step", "10", "20", "30", "40"])
 
@@ -518,7 +584,11 @@ class Training(TestCase):
         good = read(path)
         with self.assertRaisesRegex(ValueError, "already holds a run"):
             train.open_run(options, resume=False, config=SMALL_TASK)
-        for changes, says in (({"lr": 1e-3}, "lr 0.0001, not 0.001"), ({"batch_size": 3}, "batch_size 2, not 3"), ({"seed": 5}, "seed 0, not 5")):
+        for changes, says in (
+            ({"lr": 1e-3}, "lr 0.0001, not 0.001"),
+            ({"batch_size": 3}, "batch_size 2, not 3"),
+            ({"seed": 5}, "seed 0, not 5"),
+        ):
             with self.assertRaisesRegex(ValueError, says):
                 train.open_run(self.options(out=options.out, **changes), resume=True, config=SMALL_TASK)
         self.assertEqual(read(path), good)
@@ -597,7 +667,11 @@ class Interventions(TestCase):
             z = self.cache["blocks.0.attn.hook_z"]
             self.assertClose(after["blocks.0.attn.hook_z"][:, :, 2], z.mean(dims)[..., 2, :].expand_as(z[:, :, 2]), 1e-12)
             self.assertTrue(torch.equal(after["blocks.0.attn.hook_z"][:, :, :2], z[:, :, :2]))
-            self.assertClose(after["blocks.0.hook_mlp_out"], self.cache["blocks.0.hook_mlp_out"].mean(dims).expand_as(z[:, :, 0, :1].expand(-1, -1, SMALL.d_model)), 1e-12)
+            self.assertClose(
+                after["blocks.0.hook_mlp_out"],
+                self.cache["blocks.0.hook_mlp_out"].mean(dims).expand_as(z[:, :, 0, :1].expand(-1, -1, SMALL.d_model)),
+                1e-12,
+            )
 
     def test_mean_ablation_over_one_sequence_changes_nothing_on_it(self):
         one, cache = self.x[:1], {}
@@ -668,7 +742,9 @@ class Measures(TestCase):
         self.assertAlmostEqual(analyze.outside_share(torch.eye(128)[50], W_E).item(), 1, places=6)
         self.assertAlmostEqual(analyze.outside_share(torch.eye(128)[0] + torch.eye(128)[90], W_E).item(), 0.5**0.5, places=6)
         W_E = torch.randn(40, 128, generator=seeded())
-        self.assertAlmostEqual(analyze.outside_share(torch.randn(500, 128, generator=seeded(1)), W_E).mean().item(), (88 / 128) ** 0.5, delta=0.01)
+        self.assertAlmostEqual(
+            analyze.outside_share(torch.randn(500, 128, generator=seeded(1)), W_E).mean().item(), (88 / 128) ** 0.5, delta=0.01
+        )
 
     def test_line_and_plane_are_recovered(self):
         x = torch.randn(3, 50, generator=seeded(), dtype=torch.double)
@@ -677,7 +753,11 @@ class Measures(TestCase):
         self.assertClose(intercept, 1, 1e-9)
         self.assertClose(r2, 1, 1e-9)
         noise = torch.randn(3, 50, generator=seeded(9), dtype=torch.double)
-        self.assertClose(analyze.fit_line(x, x + noise)[2], torch.stack([torch.corrcoef(torch.stack([u, u + v]))[0, 1] ** 2 for u, v in zip(x, noise)]), 1e-9)
+        self.assertClose(
+            analyze.fit_line(x, x + noise)[2],
+            torch.stack([torch.corrcoef(torch.stack([u, u + v]))[0, 1] ** 2 for u, v in zip(x, noise)]),
+            1e-9,
+        )
         coefficients, r2 = analyze.regress(3 * x - 0.5 * noise, x, noise)
         self.assertClose(coefficients, torch.tensor([3, -0.5]), 1e-9)
         self.assertAlmostEqual(r2, 1)
@@ -687,7 +767,9 @@ class Measures(TestCase):
         previous[0, 0, 0, 0] = 1
         second = torch.zeros(1, 1, 14, 14)
         second[:, :, :, 1] = 1
-        self.assertEqual([f(previous).item() for f in (analyze.previous_token_score, analyze.second_token_score, analyze.same_parity_score)], [1, 0, 0])
+        self.assertEqual(
+            [f(previous).item() for f in (analyze.previous_token_score, analyze.second_token_score, analyze.same_parity_score)], [1, 0, 0]
+        )
         self.assertEqual(analyze.second_token_score(second).item(), 1)
         self.assertAlmostEqual(analyze.same_parity_score(torch.eye(14)[None, None]).item(), 1)
         uniform = analyze.uniform_pattern(14)
@@ -700,12 +782,21 @@ class Measures(TestCase):
         part = lambda component: analyze.direct_attribution(transformer, component, target, scale)
         total = part(kept["hook_embed"]) + part(kept["hook_pos_embed"])
         for l, block in enumerate(transformer.blocks):
-            total = total + part(kept[f"blocks.{l}.attn.hook_result"]).sum(-1) + part(block.attn.b_O.expand_as(kept["hook_embed"])) + part(kept[f"blocks.{l}.hook_mlp_out"])
+            total = (
+                total
+                + part(kept[f"blocks.{l}.attn.hook_result"]).sum(-1)
+                + part(block.attn.b_O.expand_as(kept["hook_embed"]))
+                + part(kept[f"blocks.{l}.hook_mlp_out"])
+            )
         biases = transformer.ln_final.b @ transformer.unembed.W_U + transformer.unembed.b_U
         self.assertClose(total + target @ biases, (y * target).sum(-1), 1e-9)
 
     def test_the_papers_attribution_forgets_the_size_of_a_component(self):
-        transformer, target, component = random_model(), random_input(seed=5), torch.randn(4, 6, 3, 12, generator=seeded(), dtype=torch.double)
+        transformer, target, component = (
+            random_model(),
+            random_input(seed=5),
+            torch.randn(4, 6, 3, 12, generator=seeded(), dtype=torch.double),
+        )
         once = analyze.direct_attribution(transformer, component, target)
         self.assertEqual(once.shape, (4, 6, 3))
         self.assertClose(analyze.direct_attribution(transformer, 1000 * component, target), once, 1e-3)
@@ -735,7 +826,14 @@ class Measures(TestCase):
 
 class Analysis(TestCase):
     def setUp(self):
-        for name, count in {"POPULATION": 40, "HELD_OUT_PER_LENGTH": 10, "HEAD_ABLATION": 10, "EXAMPLES": 20, "QK_DRAWS": 2, "RESAMPLES": 50}.items():
+        for name, count in {
+            "POPULATION": 40,
+            "HELD_OUT_PER_LENGTH": 10,
+            "HEAD_ABLATION": 10,
+            "EXAMPLES": 20,
+            "QK_DRAWS": 2,
+            "RESAMPLES": 50,
+        }.items():
             patch = mock.patch.object(analyze, name, count)
             patch.start()
             self.addCleanup(patch.stop)
@@ -757,7 +855,20 @@ class Analysis(TestCase):
     def test_an_untrained_model_reproduces_no_learnt_claim(self):
         study = analyze.Study(os.path.join(HERE, "weights"), seed=0)
         study.model = study.untrained
-        for name in ("mse", "l0_prev_token", "l1_second_token", "l2_checkerboard", "l0_ov_r2", "l0_ov_slope", "l1_ov_effective_rank", "l2_ov_identity", "l2_qk_identity", "lens_after_l0", "eigenvalue_score", "alpha"):
+        for name in (
+            "mse",
+            "l0_prev_token",
+            "l1_second_token",
+            "l2_checkerboard",
+            "l0_ov_r2",
+            "l0_ov_slope",
+            "l1_ov_effective_rank",
+            "l2_ov_identity",
+            "l2_qk_identity",
+            "lens_after_l0",
+            "eigenvalue_score",
+            "alpha",
+        ):
             self.assertEqual(analyze.CLAIMS[name].measure(study).verdict, "not reproduced", name)
 
     def test_a_model_built_as_the_paper_says_reproduces_the_circuit_claims(self):
@@ -818,7 +929,9 @@ class Analysis(TestCase):
                 f.write(garbage)
             self.assertRefused(1, "is no training log", analyze.main, "--all", "--run", run, "--out", out)
         self.assertFalse(os.path.exists(out))
-        self.assertRefused(1, "weights.pt", analyze.main, "--fig", "1", "--run", os.path.join(HERE, "weights"), "--out", os.path.join(run, "weights.pt"))
+        self.assertRefused(
+            1, "weights.pt", analyze.main, "--fig", "1", "--run", os.path.join(HERE, "weights"), "--out", os.path.join(run, "weights.pt")
+        )
 
     def test_list_names_every_figure_and_claim(self):
         status, out, _ = command(analyze.main, "--list")

@@ -82,7 +82,9 @@ def device(text: str) -> str:
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, not {text!r}")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text!r} is not there: torch finds {torch.cuda.device_count()} CUDA devices on this machine; use cpu")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not there: torch finds {torch.cuda.device_count()} CUDA devices on this machine; use cpu"
+        )
     return text
 
 
@@ -136,7 +138,12 @@ class Options:
     def command(self) -> str:
         """The command line of this run, without what has its default value."""
         changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        return " ".join(["python train.py", *(flag(f.name) + (f" {shlex.quote(str(getattr(self, f.name)))}" if f.type is not bool else "") for f in changed)])
+        return " ".join(
+            [
+                "python train.py",
+                *(flag(f.name) + (f" {shlex.quote(str(getattr(self, f.name)))}" if f.type is not bool else "") for f in changed),
+            ]
+        )
 
 
 def flag(name: str) -> str:
@@ -245,9 +252,15 @@ class Run(Trainer):
         for kind in ("config", "hyperparameters"):
             for name, value in mine[kind].items():
                 if state[kind].get(name) != value:
-                    raise ValueError(f"{path} belongs to a run with {name} {state[kind].get(name)}, not {value}: give the same value, or another --out folder")
+                    raise ValueError(
+                        f"{path} belongs to a run with {name} {state[kind].get(name)}, not {value}: "
+                        "give the same value, or another --out folder"
+                    )
         if state["device"] != mine["device"]:
-            raise ValueError(f"{path} was written on {state['device']}: resume with --device {state['device']}, whose random streams differ from those of {mine['device']}")
+            raise ValueError(
+                f"{path} was written on {state['device']}, whose random streams differ from those of {mine['device']}: "
+                f"resume with --device {state['device']}"
+            )
         if state["step"] > self.options.steps:
             raise ValueError(f"{path} is already at step {state['step']:,}, beyond --steps {self.options.steps:,}")
         self.model.load_state_dict(state["model"])
@@ -368,7 +381,9 @@ def open_run(options: Options, resume: bool, config: Config = Config()) -> Run:
         run.save_results()
     else:
         if there:
-            raise ValueError(f"{options.out} already holds a run ({', '.join(there)}): go on with --resume, or choose another folder with --out")
+            raise ValueError(
+                f"{options.out} already holds a run ({', '.join(there)}): go on with --resume, or choose another folder with --out"
+            )
         run = Run(options, config)
         os.makedirs(options.out, exist_ok=True)
         run.save()  # so that a run can be resumed whenever it is killed, and a folder that cannot be written is known now
@@ -406,7 +421,9 @@ class Progress:
         left = (run.options.steps - run.step) / rate
         left = f"{left / 60:.0f} min" if left >= 100 else f"{left:.0f} s"
         held_out = f"{sum(r.log[-1][2] for r in self.runs) / len(self.runs):.2e}" if run.log else "none yet"
-        line = f"{self.what}step {run.step:,}/{run.options.steps:,}  loss {loss:.2e}  held-out MSE {held_out}  {rate:.1f} steps/s  {left} left"
+        line = (
+            f"{self.what}step {run.step:,}/{run.options.steps:,}  loss {loss:.2e}  held-out MSE {held_out}  {rate:.1f} steps/s  {left} left"
+        )
         print(f"\r{line}\x1b[K" if self.live else line, end="" if self.live else "\n", flush=True)
 
     def finish(self):
@@ -493,8 +510,12 @@ def benchmark(options: Options, steps: int) -> str:
             if n:  # nobody needs the gradient of the data
                 y @ W.T
 
-    inputs = {n: [torch.randn(options.batch_size * n, i, device=options.device, dtype=floor_dtype) for i, _ in layers] for n in data.LENGTHS}
-    outputs = {n: [torch.randn(options.batch_size * n, o, device=options.device, dtype=floor_dtype) for _, o in layers] for n in data.LENGTHS}
+    inputs = {
+        n: [torch.randn(options.batch_size * n, i, device=options.device, dtype=floor_dtype) for i, _ in layers] for n in data.LENGTHS
+    }
+    outputs = {
+        n: [torch.randn(options.batch_size * n, o, device=options.device, dtype=floor_dtype) for _, o in layers] for n in data.LENGTHS
+    }
     names = ["sampling", "forward", "backward", "AdamW"]
     rounds: dict[str, list[float]] = {name: [] for name in [*names, "step", "products", "memory", "captured step"]}
     captured = CapturedSteps(run) if cuda else None
@@ -566,10 +587,18 @@ def main():
         if f.type is bool:
             parser.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
         else:
-            parser.add_argument(flag(f.name), type=f.metadata["type"], default=f.default, help=f"{f.metadata['help']} (default: {f.default})")
-    parser.add_argument("--seeds", type=seed_list, help="train several seeds, such as 0-15, each into OUT/seed_NNNN; torchrun divides them over its ranks")
+            parser.add_argument(
+                flag(f.name), type=f.metadata["type"], default=f.default, help=f"{f.metadata['help']} (default: {f.default})"
+            )
+    parser.add_argument(
+        "--seeds", type=seed_list, help="train several seeds, such as 0-15, each into OUT/seed_NNNN; torchrun divides them over its ranks"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the out folder")
-    parser.add_argument("--benchmark", action="store_true", help=f"train nothing: time the parts of a step, over --steps steps if given, else {BENCHMARK_STEPS}")
+    parser.add_argument(
+        "--benchmark",
+        action="store_true",
+        help=f"train nothing: time the parts of a step, over --steps steps if given, else {BENCHMARK_STEPS}",
+    )
     arguments = vars(parser.parse_args())
     resume, seeds, bench = (arguments.pop(name) for name in ("resume", "seeds", "benchmark"))
     options = Options(**arguments)
