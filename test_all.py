@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -371,6 +372,10 @@ class Files(TestCase):
 
 
 class Training(TestCase):
+    def setUp(self):
+        threads = torch.get_num_threads()  # which train.main sets
+        self.addCleanup(torch.set_num_threads, threads)
+
     def options(self, **changes) -> train.Options:
         settings = {"steps": 6, "batch_size": 2, "eval_every": 3, "device": "cpu", "out": os.path.join(self.folder(), "run")}
         return train.Options(**(settings | changes))
@@ -437,40 +442,31 @@ class Training(TestCase):
             single = train.open_run(dataclasses.replace(run.options, steps=7), resume=True, config=SMALL_TASK)
             self.assertTrue(self.quietly(single))
 
-    def test_two_ranks_share_the_seeds_and_resume_after_a_kill(self):
-        out = self.folder()
-        torchrun = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--master_port=0",
-            "train.py",
-            "--seeds",
-            "0-2",
-            "--steps",
-            "2",
-            "--batch-size",
-            "2",
-            "--device",
-            "cpu",
-            "--out",
-            out,
-        ]
-        run = lambda *more: subprocess.run(
-            [*torchrun, *more], cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        first = run()
-        self.assertEqual(first.returncode, 0, first.stderr)
+    def test_two_ranks_share_the_seeds_and_resume(self):
+        out, single = self.folder(), os.path.join(self.folder(), "single")
+        common = "--batch-size 2 --threads 1 --device cpu --eval-every 2".split()
+
+        def torchrun(*more: str):
+            launch = "-m torch.distributed.run --nproc_per_node=2 --master_port=0 train.py --seeds 0-2".split()
+            done = subprocess.run([sys.executable, *launch, *common, "--out", out, *more], cwd=HERE, capture_output=True, text=True)
+            self.assertEqual(done.returncode, 0, done.stderr)
+
+        torchrun("--steps", "2")
+        shutil.rmtree(os.path.join(out, "seed_0001"))  # as if everything had been killed before seed 1 began
+        torchrun("--steps", "4", "--resume")
         self.assertEqual(sorted(os.listdir(out)), ["seed_0000", "seed_0001", "seed_0002"])
-        single = os.path.join(self.folder(), "single")
-        status, _, err = command(
-            train.main, "--seed", "2", "--steps", "2", "--batch-size", "2", "--threads", "1", "--device", "cpu", "--out", single
-        )
-        self.assertEqual(status, 0, err)
-        self.assertEqual(read(os.path.join(single, "weights.pt")), read(os.path.join(out, "seed_0002", "weights.pt")))
-        os.remove(os.path.join(out, "seed_0001", "checkpoint.pt"))  # as if seed 1 had been killed before it began
-        self.assertIn("already holds", run().stderr)
+        for seed in (1, 2):
+            self.assertEqual(command(train.main, *common, "--seed", str(seed), "--steps", "4", "--out", f"{single}{seed}")[0], 0)
+            self.assertEqual(read(os.path.join(f"{single}{seed}", "weights.pt")), read(os.path.join(out, f"seed_000{seed}", "weights.pt")))
+
+    def test_several_seeds_are_refused_before_any_is_touched(self):
+        out = self.folder()
+        os.makedirs(os.path.join(out, "seed_0001"))
+        with open(os.path.join(out, "seed_0001", "weights.pt"), "wb") as f:
+            f.write(b"precious")
+        self.assertRefused(1, "seed_0001 already holds a run", train.main, "--seeds", "0-1", "--steps", "1", "--out", out)
+        self.assertEqual(os.listdir(out), ["seed_0001"])
+        self.assertEqual(read(os.path.join(out, "seed_0001", "weights.pt")), b"precious")
 
     def test_bfloat16_is_near_float32_and_keeps_float32_weights(self):
         exact, rough = (train.Run(self.options(dtype=dtype, batch_size=16), SMALL_TASK) for dtype in ("float32", "bfloat16"))
@@ -892,6 +888,15 @@ class Analysis(TestCase):
         for number in analyze.FIGURES:
             self.assertTrue(os.path.exists(os.path.join(HERE, "figures", analyze.figure_file(number))))
         self.assertEqual(read(os.path.join(HERE, "figures", "results.md")).decode(), analyze.markdown(results))
+
+    def test_the_readme_shows_the_committed_results(self):
+        readme = read(os.path.join(HERE, "README.md")).decode()
+        rows = [row for row in read(os.path.join(HERE, "figures", "results.md")).decode().splitlines() if row.startswith("| [`")]
+        self.assertEqual(len(rows), len(analyze.CLAIMS))
+        for row in rows:
+            self.assertIn(
+                row.replace("(#", "(figures/results.md#").replace("(fig0", "(figures/fig0").replace("(fig1", "(figures/fig1"), readme
+            )
 
     def test_figures_name_their_axes(self):
         study = analyze.Study(os.path.join(HERE, "weights"), seed=0)

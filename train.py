@@ -14,6 +14,7 @@ Ctrl-C saves first. A run that was killed and resumed ends, on the same machine,
 """
 
 import argparse
+import ctypes
 import dataclasses
 import math
 import os
@@ -364,26 +365,28 @@ class CapturedSteps:
         return self.loss
 
 
+def refuse_existing(out: str):
+    """ValueError if the folder `out` holds a run."""
+    if there := [name for name in FILES if os.path.exists(os.path.join(out, name))]:
+        raise ValueError(f"{out} already holds a run ({', '.join(there)}): go on with --resume, or choose another folder with --out")
+
+
 def open_run(options: Options, resume: bool, config: Config = Config()) -> Run:
     """A new run in an empty folder, or the one that `options.out` holds.
 
     Raises ValueError for a new run where there is one already, and for a checkpoint that is damaged or belongs to other
     hyperparameters; FileNotFoundError where there is nothing to resume; OSError for a folder that cannot be written.
     """
-    there = [name for name in FILES if os.path.exists(os.path.join(options.out, name))]
     if resume:
         path = os.path.join(options.out, "checkpoint.pt")
-        if not there:
+        if not os.path.exists(path):
             raise FileNotFoundError(f"nothing to resume in {options.out}: leave out --resume to start a run there")
         state = load_file(path, "checkpoint")
         run = Run(options, config)
         run.load_state(state, path)
         run.save_results()
     else:
-        if there:
-            raise ValueError(
-                f"{options.out} already holds a run ({', '.join(there)}): go on with --resume, or choose another folder with --out"
-            )
+        refuse_existing(options.out)
         run = Run(options, config)
         os.makedirs(options.out, exist_ok=True)
         run.save()  # so that a run can be resumed whenever it is killed, and a folder that cannot be written is known now
@@ -564,12 +567,19 @@ def benchmark(options: Options, steps: int) -> str:
 
 
 def train_all(options: list[Options], resume: bool) -> bool:
-    """Train one run after the other on a CPU, as one on a GPU. Raises what `open_run` and `train` raise."""
-    runs = [open_run(o, resume and (len(options) == 1 or os.path.exists(os.path.join(o.out, "checkpoint.pt")))) for o in options]
+    """Train runs one after the other on a CPU, all as one on a GPU. False if they were stopped.
+
+    Where several are resumed, those that had not begun yet are started. Raises what `open_run` and `train` raise.
+    """
+    new = [not resume or (len(options) > 1 and not os.path.exists(os.path.join(o.out, "checkpoint.pt"))) for o in options]
+    for o, is_new in zip(options, new):
+        if is_new:
+            refuse_existing(o.out)  # before any of them writes something
+    runs = [open_run(o, not is_new) for o, is_new in zip(options, new)]
     for run in runs:
         if run.step:
             print(f"resuming {run.options.out} at step {run.step:,}")
-    if torch.device(options[0].device).type == "cuda":  # after a kill in the middle of saving some runs may be ahead
+    if torch.device(runs[0].options.device).type == "cuda":  # after a kill in the middle of saving some runs may be ahead
         groups = [[run for run in runs if run.step == step] for step in sorted({run.step for run in runs})]
     else:
         groups = [[run] for run in runs]
@@ -579,6 +589,18 @@ def train_all(options: list[Options], resume: bool) -> bool:
         for run in group:
             print(f"{run.options.out}: {run.step:,} steps in {run.seconds / 60:.1f} min, held-out MSE {run.log[-1][2]:.2e}")
     return True
+
+
+def keep_freed_memory():
+    """Let glibc keep the memory that a step frees for the next one. It would hand it back to the system and get fresh pages,
+    and a page fault for each, hundreds a step. Does nothing where the C library is another one."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def main():
@@ -606,14 +628,18 @@ def main():
     rank, ranks, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if ranks > 1 and not seeds:
         parser.error("under torchrun give --seeds: a single run is trained by a single process")
-    if options.device == "cuda":
-        options = dataclasses.replace(options, device=f"cuda:{local_rank}")
-        torch.cuda.set_device(local_rank)
+    if options.device.startswith("cuda"):
+        if ranks > 1:
+            options = dataclasses.replace(options, device=f"cuda:{local_rank}")
+        torch.cuda.set_device(torch.device(options.device).index or 0)
     if seeds:
         runs = [dataclasses.replace(options, seed=seed, out=os.path.join(options.out, f"seed_{seed:04d}")) for seed in seeds[rank::ranks]]
     else:
         runs = [options]
+    if not runs:
+        return  # more ranks than seeds
 
+    keep_freed_memory()
     # Both come before the first parallel work, since threads inherit the denormal mode. Weights of units that
     # died decay into denormal numbers, with which some processors are slow.
     torch.set_flush_denormal(True)
