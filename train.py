@@ -566,12 +566,12 @@ def benchmark(options: Options, steps: int) -> str:
     return "\n".join(rows)
 
 
-def train_all(options: list[Options], resume: bool) -> bool:
+def train_all(options: list[Options], resume: bool, start_missing: bool) -> bool:
     """Train runs one after the other on a CPU, all as one on a GPU. False if they were stopped.
 
-    Where several are resumed, those that had not begun yet are started. Raises what `open_run` and `train` raise.
+    With `start_missing`, resuming starts those that had not begun yet. Raises what `open_run` and `train` raise.
     """
-    new = [not resume or (len(options) > 1 and not os.path.exists(os.path.join(o.out, "checkpoint.pt"))) for o in options]
+    new = [not resume or (start_missing and not os.path.exists(os.path.join(o.out, "checkpoint.pt"))) for o in options]
     for o, is_new in zip(options, new):
         if is_new:
             refuse_existing(o.out)  # before any of them writes something
@@ -649,7 +649,7 @@ def main():
         if bench:
             print(benchmark(options, options.steps if options.steps != Options.steps else BENCHMARK_STEPS))
             return
-        finished = train_all(runs, resume)
+        finished = train_all(runs, resume, start_missing=bool(seeds))
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
     except KeyboardInterrupt:
