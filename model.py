@@ -14,7 +14,7 @@ Names and shapes of parameters and hook points are TransformerLens'. Vectors are
 right: x @ W_E, as in the paper. Index letters in every einsum of the project:
 
     b batch   p position (q destination, k source)   h head
-    d d_model   e d_head   m d_mlp   v d_vocab   l layer
+    d d_model   e d_head   m d_mlp   v d_vocab   l layer   D a second d_model
 """
 
 import copy
@@ -83,6 +83,8 @@ def affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
 
 
 class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * w + b over d_model. As in TransformerLens, hook_normalized comes after w and b."""
+
     def __init__(self, config: Config, name: str):
         super().__init__()
         self.eps, self.name = config.eps, name
@@ -98,6 +100,8 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """The heads of a layer. A head's QK circuit decides where it reads, its OV circuit what it writes (A.1)."""
+
     def __init__(self, config: Config, name: str):
         super().__init__()
         self.name = name
@@ -133,6 +137,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """ReLU(x W_in + b_in) W_out + b_out, at each position by itself (A.1)."""
+
     def __init__(self, config: Config, name: str):
         super().__init__()
         self.name = name
@@ -148,6 +154,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then MLP: each reads the normalised residual stream and adds to it (A.1)."""
+
     def __init__(self, config: Config, name: str):
         super().__init__()
         self.name = name
@@ -192,6 +200,7 @@ class Transformer(nn.Module):
         self.hook_names += [f"ln_final.{name}" for name in ln]
 
     def watch(self, hooks: dict[str, Callable] | None, cache: dict[str, Tensor] | None) -> Hooks:
+        """The hooks and the cache of one pass, their names checked."""
         for name in hooks or {}:
             if name not in self.hook_names:
                 near = difflib.get_close_matches(name, self.hook_names, n=3, cutoff=0)
