@@ -309,7 +309,7 @@ def load_file(path: str, what: str) -> dict:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no common type for what a damaged file makes it raise
-        raise ValueError(f"{path} is damaged or is no {what} ({type(error).__name__})") from error
+        raise ValueError(f"{path} is damaged or is no {what} as train.py writes it ({type(error).__name__})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is no {what}: it holds a {type(value).__name__}, not a dict")
     return value

@@ -148,6 +148,12 @@ class Data(TestCase):
         self.assertAlmostEqual(largest.mean().item(), 1.5, delta=0.03)
         self.assertTrue((norms[:, -1] > 2).any())
 
+    def test_first_vector_and_d_are_independent_and_equally_large(self):
+        s = data.sample(4000, 5, seeded())
+        a_0, d = s.a[:, 0] / s.d.norm(dim=-1, keepdim=True), s.d / s.d.norm(dim=-1, keepdim=True)  # the common scale drops out
+        self.assertAlmostEqual((a_0**2).mean().item() / (d**2).mean().item(), 1, delta=0.05)
+        self.assertAlmostEqual((a_0 * d).mean().item() / (d**2).mean().item(), 0, delta=0.02)
+
     def test_c_is_uniform_and_ranges_can_be_chosen(self):
         c = data.sample(4000, 3, seeded()).c
         self.assertAlmostEqual(c.std().item(), 4 / 12**0.5, delta=0.03)
@@ -422,6 +428,7 @@ class Training(TestCase):
             stack.train_step()
         stack.write_back()
         for run in runs:
+            self.assertTrue(torch.equal(run.lengths.get_state(), stack.lengths.get_state()))
             run.step = 3
             os.makedirs(run.options.out)
             run.save()
