@@ -238,20 +238,9 @@ class Study:
     @functools.cached_property
     def activations(self) -> dict[str, Tensor]:
         """The one plain forward pass over the population that claims and figures share; its output is under "output"."""
-        layers = range(self.model.config.n_layers)
-        names = [
-            "hook_embed",
-            "hook_pos_embed",
-            "blocks.0.hook_resid_pre",
-            "blocks.0.ln1.hook_normalized",
-            "blocks.0.hook_resid_mid",
-            "ln_final.hook_scale",
-        ]
-        names += [
-            f"blocks.{l}.{name}"
-            for l in layers
-            for name in ("attn.hook_pattern", "attn.hook_z", "attn.hook_result", "hook_mlp_out", "hook_resid_post")
-        ]
+        once = ("blocks.0.hook_resid_pre", "blocks.0.ln1.hook_normalized", "blocks.0.hook_resid_mid", "ln_final.hook_scale")
+        each = ("attn.hook_pattern", "attn.hook_z", "attn.hook_result", "hook_mlp_out", "hook_resid_post")
+        names = [*once, *(f"blocks.{l}.{name}" for l in range(self.model.config.n_layers) for name in each)]
         kept: dict[str, Tensor] = {}
         kept["output"] = self.model(self.population.a[:, :-1], hooks=interventions.record(names, kept))
         return kept

@@ -6,7 +6,7 @@
     python train.py --seeds 0-15 --out runs/seeds     # sixteen runs, into runs/seeds/seed_0000 and so on
     torchrun --nproc_per_node=4 train.py --seeds 0-63 --out runs/seeds    # the same, divided over four GPUs
     python train.py --benchmark                       # where the time of a step goes
-    python analyze.py --run runs/paper --out figures  # then look at it
+    python analyze.py --all --run runs/paper --out runs/paper/figures     # then look at it
 
 The out folder gets log.csv (step, loss: mean since the row before, eval_mse: on the fixed held-out set, seconds),
 weights.pt (the state dict) and checkpoint.pt (all that resuming needs), written every --eval-every steps and at the end.
@@ -380,7 +380,7 @@ def open_run(options: Options, resume: bool, config: Config = Config()) -> Run:
     if resume:
         path = os.path.join(options.out, "checkpoint.pt")
         if not os.path.exists(path):
-            raise FileNotFoundError(f"nothing to resume in {options.out}: leave out --resume to start a run there")
+            raise FileNotFoundError(f"nothing to resume in {options.out}: it holds no checkpoint.pt; leave out --resume to start a run")
         state = load_file(path, "checkpoint")
         run = Run(options, config)
         run.load_state(state, path)
@@ -429,9 +429,12 @@ class Progress:
         )
         print(f"\r{line}\x1b[K" if self.live else line, end="" if self.live else "\n", flush=True)
 
-    def finish(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         if self.live:
-            print()
+            print()  # so that what comes next, an error perhaps, has a line of its own
 
 
 def train(runs: list[Run]) -> bool:
@@ -446,13 +449,13 @@ def train(runs: list[Run]) -> bool:
         trainer.captured = CapturedSteps(trainer)
     held_out = data.held_out(HELD_OUT_PER_LENGTH, device=options.device)
     losses = torch.empty(CHUNK, len(runs), device=options.device)
-    step, progress, clock = runs[0].step, Progress(runs), time.perf_counter()
+    step, clock = runs[0].step, time.perf_counter()
 
     def check(run: Run, value: float, what: str):
         if not math.isfinite(value):
             raise FloatingPointError(f"{what} is {value} (seed {run.options.seed}): the last good checkpoint is kept; try a smaller --lr")
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, Progress(runs) as progress:
         while step < options.steps and not stop.requested:
             room = min(CHUNK, options.eval_every - step % options.eval_every, options.steps - step)
             done = 0
@@ -481,7 +484,6 @@ def train(runs: list[Run]) -> bool:
                     run.save()
             clock = now
             progress.show(sum(map(sum, values)) / (done * len(runs)), new_row)
-    progress.finish()
     return step == options.steps
 
 
