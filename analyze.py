@@ -899,7 +899,7 @@ def heat(axes, matrix: Tensor, limit: float | None = None):
     """A heat map, with the values written in where they are few: diverging about 0 with the range [-limit, limit], "
     "blue positive as in the paper, or attention from 0 to 1 where `limit` is None."""
     options = {"cmap": "Blues", "vmin": 0, "vmax": 1} if limit is None else {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
-    image = axes.imshow(matrix, **options)
+    image = axes.imshow(matrix.numpy(), **options)
     axes.spines[:].set_visible(True)
     if matrix.numel() <= 64:
         for (row, column), value in np.ndenumerate(matrix.numpy()):
