@@ -36,7 +36,7 @@ from torch import Tensor
 import data
 import interventions
 from data import FIRST_POSITION, MAX_LENGTH
-from model import Transformer, fold, load_weights
+from model import Transformer, fold, load_weights, replacing
 from train import CommandLine, whole_number
 
 POPULATION = 1000  # sequences of 14 inputs, as in the paper (section 4.5)
@@ -595,26 +595,27 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
         "mean_over_positions": interventions.mean_outputs(study.activations, over_positions=True),
     }
 
-    def arm(kind: str, layer: int, heads=(), mlps=(), count=POPULATION) -> dict:
+    def errors(kind: str, layer: int, heads=(), mlps=(), count=POPULATION) -> Tensor:
         hooks = interventions.replace_outputs(values[kind], [(layer, head) for head in heads], mlps)
-        return study.compare(study.errors(layer, hooks, count=count))
+        return study.errors(layer, hooks, count=count)
 
-    whole = {f"layer_{l}_attention_{kind}": arm(kind, l, heads=heads) for l in layers for kind in values}
-    whole |= {f"layer_{l}_mlp_{kind}": arm(kind, l, mlps=[l]) for l in layers for kind in values}
+    arms = {f"layer_{l}_attention_{kind}": errors(kind, l, heads=heads) for l in layers for kind in values}
+    arms |= {f"layer_{l}_mlp_{kind}": errors(kind, l, mlps=[l]) for l in layers for kind in values}
+    whole = {name: study.compare(arm) for name, arm in arms.items()}
     single = {
-        f"each_head_{kind}": [[arm(kind, l, heads=[h], count=HEAD_ABLATION) for h in heads] for l in layers] for kind in ("zero", "mean")
+        f"each_head_{kind}": [[study.compare(errors(kind, l, heads=[h], count=HEAD_ABLATION)) for h in heads] for l in layers]
+        for kind in ("zero", "mean")
     }
     by_head = {
-        f"{name}_{key}": [[a[key] for a in row] for row in arms]
-        for name, arms in single.items()
+        f"{name}_{key}": [[arm[key] for arm in row] for row in rows]
+        for name, rows in single.items()
         for key in ("mse", "difference", "interval")
     }
     mse = {l: whole[f"layer_{l}_attention_mean"]["mse"] for l in layers}
     measured, before = mse[1], study.baseline.mean()
-    errors = study.errors(1, interventions.replace_outputs(values["mean"], interventions.layer_heads(model, 1)))
     return Finding(
         measured=measured,
-        interval=bootstrap(errors, study.generator("mean ablation")),
+        interval=bootstrap(arms["layer_1_attention_mean"], study.generator("mean ablation")),
         control={"unchanged": before, **whole, **by_head},
         verdict=verdict(measured <= 4 * before, measured < min(mse[0], mse[2])),
         why=(
@@ -1410,13 +1411,6 @@ def table(results: dict) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def write(path: str, content: bytes | str):
-    """Write a file by way of a temporary one, so that an interrupted run leaves the old file whole."""
-    with open(path + ".tmp", "wb") as f:
-        f.write(content.encode() if isinstance(content, str) else content)
-    os.replace(path + ".tmp", path)
-
-
 class Progress:
     """A line on the terminal that names what is being made, with the time taken and, after the first, the time left."""
 
@@ -1443,10 +1437,9 @@ def run(study: Study, out: str, figures: list[int], claims: list[str]):
         progress.next(f"figure {number}: {FIGURES[number].title}")
         with plt.rc_context(STYLE):
             figure = FIGURES[number].draw(study)
-            path = os.path.join(out, figure_file(number))
-            figure.savefig(path + ".tmp", format="png")
+            with replacing(os.path.join(out, figure_file(number))) as f:
+                figure.savefig(f, format="png")
             plt.close(figure)
-        os.replace(path + ".tmp", path)
     results = {"meta": meta(study), "claims": {}}
     for name in claims:
         progress.next(f"claim {name}")
@@ -1454,8 +1447,9 @@ def run(study: Study, out: str, figures: list[int], claims: list[str]):
         results["claims"][name] = plain({"claim": claim.claim, "paper": claim.paper, **asdict(claim.measure(study))})
     progress.finish()
     if claims:
-        write(os.path.join(out, "results.json"), json.dumps(results, indent=1) + "\n")
-        write(os.path.join(out, "results.md"), markdown(results))
+        for name, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("results.md", markdown(results))):
+            with replacing(os.path.join(out, name)) as f:
+                f.write(text.encode())
         print(table(results))
     print(
         f"{len(figures)} figures{' and results.json, results.md' if claims else ''} in {out}, {time.perf_counter() - progress.start:.0f} s"

@@ -17,6 +17,7 @@ right: x @ W_E, as in the paper. Index letters in every einsum of the project:
     d d_model   e d_head   m d_mlp   v d_vocab   l layer   D a second d_model
 """
 
+import contextlib
 import copy
 import difflib
 import os
@@ -286,17 +287,24 @@ def fold(transformer: Transformer) -> Transformer:
     return model
 
 
-def save_file(value, path: str):
-    """torch.save to `path` by way of a temporary file, so that a kill at any moment leaves the old file or the new one."""
+@contextlib.contextmanager
+def replacing(path: str):
+    """A binary file to write, which takes the place of `path` once it is complete: a kill or an error before that leaves the old one."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
-            torch.save(value, f)
+            yield f
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def save_file(value, path: str):
+    """torch.save to `path`, whole or not at all."""
+    with replacing(path) as f:
+        torch.save(value, f)
 
 
 def load_file(path: str, what: str) -> dict:

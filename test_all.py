@@ -1,6 +1,6 @@
 """The properties that the rest of the project relies on.
 
-    python -m unittest test_all                     # about half a minute
+    python -m unittest test_all                     # under a minute
     python -m unittest test_all.Folding             # one group
 
 Small models and few sequences, except where the shipped weights themselves are what is tested.

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 
 import data
-from model import Config, Transformer, load_file, save_file
+from model import Config, Transformer, load_file, replacing, save_file
 
 FILES = ("checkpoint.pt", "weights.pt", "log.csv")
 COLUMNS = ("step", "loss", "eval_mse", "seconds")
@@ -278,11 +278,9 @@ class Run(Trainer):
 
     def save_results(self):
         save_file({name: value.cpu() for name, value in self.model.state_dict().items()}, os.path.join(self.options.out, "weights.pt"))
-        path = os.path.join(self.options.out, "log.csv")
-        with open(path + ".tmp", "w") as f:
-            f.write(",".join(COLUMNS) + "\n")
-            f.writelines(f"{step},{loss:.8g},{eval_mse:.8g},{seconds:.1f}\n" for step, loss, eval_mse, seconds in self.log)
-        os.replace(path + ".tmp", path)
+        rows = [f"{step},{loss:.8g},{eval_mse:.8g},{seconds:.1f}" for step, loss, eval_mse, seconds in self.log]
+        with replacing(os.path.join(self.options.out, "log.csv")) as f:
+            f.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
 
 
 class Stack(Trainer):
