@@ -4,25 +4,30 @@
     python analyze.py --list                                    # what there is
     python analyze.py --fig 8 --fig 10                          # some figures
     python analyze.py --all --run runs/paper --out runs/paper/figures
+    python analyze.py --seeds runs/seeds --out runs/seeds/figures   # every claim on every run in runs/seeds/seed_*/
 
 Three parts: functions that measure (tensors in, tensors out), then one function a claim and one a figure, each from a
-Study (the model and the sequences it is studied on), and at the end the two tables that name them all. The command
-line, the report and the tests read these tables; a figure or a claim of your own is one function and one line there.
+Study (the model and the sequences it is studied on), and at the end the tables that name them all. The command line,
+the reports and the tests read these tables; a figure or a claim of your own is one function and one line there.
 
 Circuits are those of the folded model, and act from the right: x @ W_V @ W_O.
 """
 
 import functools
+import glob
 import hashlib
 import json
 import os
 import platform
 import random
+import re
 import sys
+import textwrap
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import matplotlib
 
@@ -35,7 +40,7 @@ from torch import Tensor
 
 import data
 import interventions
-from data import FIRST_POSITION, MAX_LENGTH
+from data import FIRST_POSITION, MAX_LENGTH, MIN_LENGTH
 from model import Transformer, fold, load_weights, replacing
 from train import CommandLine, whole_number
 
@@ -43,6 +48,9 @@ POPULATION = 1000  # sequences of 14 inputs, as in the paper (section 4.5)
 HELD_OUT_PER_LENGTH = 840  # 10,080 sequences over the 12 lengths
 HEAD_ABLATION = 500  # test sequences for the 48 ablations of single heads
 EXAMPLES = 200  # alternating and other sequences for the attention of layer 2
+C_BIN = 0.25  # width of the ranges of c in which errors are averaged
+SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # factors that all vectors are multiplied by
+NOISES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # standard deviations of the noise on each component of the inputs
 QK_DRAWS = 5  # random matrices for each arm of the pseudoinverse test
 RESAMPLES = 1000  # of each bootstrap
 
@@ -168,9 +176,63 @@ def direct_attribution(model: Transformer, component: Tensor, target: Tensor, sc
     return torch.einsum("bp...d,bpd->bp...", normalised, direction)
 
 
+def snapshot(transformer: Transformer, sample: data.Sample) -> dict[str, Tensor]:
+    """The claims that need no large population, from one forward pass over few sequences; train.py keeps them as training goes on.
+
+    mse and l0_orthogonal (share of layer 0's OV x outside the span of W_E) are numbers, the others [n_layers, n_heads]:
+    prev_token, second_token (attention, `previous_token_score` and `second_token_score`), eigenvalue_score, ov_identity,
+    qk_identity, and dla_paper and dla_standard, the mean direct logit attribution to the next vector over the predictable
+    positions in its two readings. The model is folded first, so that these are what `--all` measures.
+    """
+    model = fold(transformer).requires_grad_(False)
+    layers, inputs, targets = range(model.config.n_layers), sample.a[:, :-1], sample.a[:, 1:]
+    kept: dict[str, Tensor] = {}
+    names = [f"blocks.{l}.attn.{name}" for l in layers for name in ("hook_pattern", "hook_result")]
+    output = model(inputs, hooks=interventions.record([*names, "blocks.0.hook_resid_pre", "ln_final.hook_scale"], kept))
+
+    def each_layer(measure: Callable[[int], Tensor]) -> Tensor:
+        return torch.stack([measure(l) for l in layers])
+
+    def attribution(scale: Tensor | None) -> Tensor:
+        return each_layer(
+            lambda l: direct_attribution(model, kept[f"blocks.{l}.attn.hook_result"], targets, scale)[:, FIRST_POSITION:].mean((0, 1))
+        )
+
+    return {
+        "mse": data.mse(output, targets),
+        "l0_orthogonal": outside_share(kept["blocks.0.hook_resid_pre"] @ ov_circuit(model, 0).sum(0), model.embed.W_E).mean(),
+        "prev_token": each_layer(lambda l: previous_token_score(kept[f"blocks.{l}.attn.hook_pattern"])),
+        "second_token": each_layer(lambda l: second_token_score(kept[f"blocks.{l}.attn.hook_pattern"])),
+        "eigenvalue_score": ov_eigenvalue_scores(model),
+        "ov_identity": each_layer(lambda l: identity_cosine(ov_circuit(model, l))),
+        "qk_identity": each_layer(lambda l: identity_cosine(qk_circuit(model, l))),
+        "dla_paper": attribution(None),
+        "dla_standard": attribution(kept["ln_final.hook_scale"]),
+    }
+
+
 def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
     """MSE of each sequence over the predictable positions: [batch, pos, d_vocab] -> [batch]. Its mean is `data.mse`."""
     return ((prediction - target)[:, FIRST_POSITION:] ** 2).mean((1, 2))
+
+
+def solve_recurrence(x: Tensor) -> Tensor:
+    """The exact answer from three known vectors: x [batch, pos, d_vocab] -> the next vector after x_2, x_3, .., [batch, pos - 2, d_vocab].
+
+    Least squares for c and d in a_n = c a_{n-1} + d and a_{n-1} = c a_{n-2} + d: c is the ratio of the two steps, d the mean
+    of what the two equations leave. A sequence that stands still, of which any c is true, goes on standing still.
+    """
+    first, second, third = x[:, :-2], x[:, 1:-1], x[:, 2:]
+    step, next_step = second - first, third - second
+    squared = (step**2).sum(-1, keepdim=True)
+    c = torch.where(squared > 0, (step * next_step).sum(-1, keepdim=True) / squared, 0.0)
+    d = (third - c * second + second - c * first) / 2
+    return c * third + d
+
+
+def recent(x: Tensor, lag: int) -> Tensor:
+    """a_{n-lag} for the predictable positions n = 2 .., of inputs x [batch, pos, d_vocab]: [batch, pos - 2, d_vocab]."""
+    return x[:, FIRST_POSITION - lag : x.shape[1] - lag]
 
 
 def in_batches(function: Callable, *tensors: Tensor) -> Tensor:
@@ -225,6 +287,52 @@ class Study:
     def test(self) -> data.Sample:
         """Other sequences, on which interventions are judged."""
         return data.sample(POPULATION, MAX_LENGTH, self.generator("test"))
+
+    @functools.cached_property
+    def predictors(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The model and what to compare it with: inputs x [batch, pos, d_vocab] -> a_{n+1} for n = 2 .., [batch, pos - 2, d_vocab].
+
+        The linear ones have one fixed coefficient for each recent vector, fitted to the population.
+        """
+
+        def linear(lags: range) -> Callable[[Tensor], Tensor]:
+            a = self.population.a
+            coefficients, _ = regress(a[:, FIRST_POSITION + 1 :], *(recent(a[:, :-1], lag) for lag in lags))
+            return lambda x: sum(coefficient * recent(x, lag) for coefficient, lag in zip(coefficients, lags))
+
+        return {
+            "predict_zero": lambda x: torch.zeros_like(recent(x, 0)),
+            "predict_last_vector": lambda x: recent(x, 0),
+            "best_linear_of_2": linear(range(2)),
+            "best_linear_of_3": linear(range(3)),
+            "exact_solver": solve_recurrence,
+            "model": lambda x: in_batches(self.model, x)[:, FIRST_POSITION:],
+        }
+
+    def predictor_errors(self, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Squared error of every predictor, mean over d_vocab: inputs and targets [batch, pos, d_vocab] -> {name: [batch, pos - 2]}."""
+        return {name: ((predict(x) - targets[:, FIRST_POSITION:]) ** 2).mean(-1) for name, predict in self.predictors.items()}
+
+    @functools.cached_property
+    def test_errors(self) -> dict[str, Tensor]:
+        """`predictor_errors` on the test sequences."""
+        return self.predictor_errors(self.test.a[:, :-1], self.test.a[:, 1:])
+
+    @functools.cached_property
+    def out_of_distribution(self) -> dict[str, dict[float, dict[str, Tensor]]]:
+        """`predictor_errors` where training never went: {what is varied: {its value: errors}}. All of 14 inputs but for "length"."""
+        g = self.generator("out of distribution")
+        a = data.sample(EXAMPLES, MAX_LENGTH, g).a
+        noise = torch.randn(a[:, :-1].shape, generator=g)
+        samples = {length: data.sample(EXAMPLES // 2, length, g).a for length in range(MIN_LENGTH, data.N_CTX + 1)}
+        c_ranges = {low + C_BIN / 2: (low, low + C_BIN) for low in np.arange(-3, 3, C_BIN).tolist()}
+        wide = {c: data.sample(EXAMPLES // 4, MAX_LENGTH, g, c_range=c_range).a for c, c_range in c_ranges.items()}
+        return {
+            "length": {length: self.predictor_errors(s[:, :-1], s[:, 1:]) for length, s in samples.items()},
+            "c": {c: self.predictor_errors(s[:, :-1], s[:, 1:]) for c, s in wide.items()},
+            "scale": {k: self.predictor_errors(k * a[:, :-1], k * a[:, 1:]) for k in SCALES},
+            "noise": {sigma: self.predictor_errors(a[:, :-1] + sigma * noise, a[:, 1:]) for sigma in NOISES},
+        }
 
     @functools.cached_property
     def alternating(self) -> data.Sample:
@@ -319,21 +427,40 @@ class Study:
         return {"mse": errors.mean(), "difference": difference.mean(), "interval": bootstrap(difference, self.generator("compare"))}
 
 
-def read_log(path: str) -> np.ndarray:
-    """log.csv of a run as a structured array with step, loss, eval_mse and seconds. FileNotFoundError or ValueError if it is not one."""
+def read_table(path: str, columns: tuple[str, ...], what: str) -> np.ndarray:
+    """A CSV file of train.py as a structured array. FileNotFoundError or ValueError unless it holds finite numbers and begins with `columns`."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no training log at {path}")
+        raise FileNotFoundError(f"there is no {what} at {path}")
     with warnings.catch_warnings(), open(path, errors="replace") as f:
         warnings.simplefilter("ignore")  # an empty file is reported below
         lines = f.read().splitlines()
-        log = np.atleast_1d(np.genfromtxt(lines, delimiter=",", names=True, invalid_raise=False)) if lines else np.empty(0)
-    if (
-        (log.dtype.names or ())[:3] != ("step", "loss", "eval_mse")
-        or not len(log)
-        or not all(np.isfinite(log[name]).all() for name in log.dtype.names)
-    ):
-        raise ValueError(f"{path} is no training log: expected the columns step,loss,eval_mse,...,seconds and at least one row of numbers")
-    return log
+        rows = np.atleast_1d(np.genfromtxt(lines, delimiter=",", names=True, invalid_raise=False)) if lines else np.empty(0)
+    names = rows.dtype.names or ()
+    if names[: len(columns)] != columns or not len(rows) or not all(np.isfinite(rows[name]).all() for name in names):
+        raise ValueError(f"{path} is no {what}: expected columns that begin with {','.join(columns)} and at least one row of numbers")
+    return rows
+
+
+def read_log(path: str) -> np.ndarray:
+    """log.csv of a run, with step, loss, eval_mse and seconds."""
+    return read_table(path, ("step", "loss", "eval_mse"), "training log")
+
+
+def read_snapshots(path: str) -> dict[str, np.ndarray]:
+    """snapshots.csv of a run: {name: [rows]}, the measures by head as means over the heads of each layer, {name: [rows, n_layers]}."""
+    rows = read_table(path, ("step", "mse"), "table of snapshots")
+    series: dict[str, list] = {}
+    for column in rows.dtype.names:
+        if by_head := re.fullmatch(r"(\w+)_l(\d+)h\d+", column):
+            layers = series.setdefault(by_head[1], [])
+            layers += [[] for _ in range(int(by_head[2]) + 1 - len(layers))]
+            layers[int(by_head[2])].append(rows[column])
+        else:
+            series[column] = rows[column]
+    return {
+        name: value if isinstance(value, np.ndarray) else np.stack([np.mean(heads, 0) for heads in value], 1)
+        for name, value in series.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,11 +480,33 @@ def verdict(full: bool, part: bool) -> str:
     return "reproduced" if full else "partly" if part else "not reproduced"
 
 
+def outside_training(study: Study) -> dict[str, dict[str, Tensor]]:
+    """MSE of every predictor where training never went, {what is different: {predictor: MSE}}."""
+    chosen = {
+        "14_inputs_as_in_training": ("scale", lambda value: value == 1),
+        "15_to_32_inputs": ("length", lambda value: value > MAX_LENGTH),
+        "c_from_2_to_3": ("c", lambda value: value > 2),
+        "c_from_-3_to_-2": ("c", lambda value: value < -2),
+        "vectors_times_0.1": ("scale", lambda value: value == 0.1),
+        "vectors_times_10": ("scale", lambda value: value == 10),
+        "inputs_with_noise_of_0.01": ("noise", lambda value: value == 1e-2),
+    }
+    return {
+        name: {
+            predictor: torch.stack(
+                [errors[predictor].mean() for value, errors in study.out_of_distribution[what].items() if belongs(value)]
+            ).mean()
+            for predictor in study.predictors
+        }
+        for name, (what, belongs) in chosen.items()
+    }
+
+
 def claim_mse(study: Study) -> Finding:
     samples = data.held_out(HELD_OUT_PER_LENGTH, seed=study.generator("held out").initial_seed())
-    errors = torch.stack(
-        [in_batches(lambda a: squared_errors(study.model(a[:, :-1]), a[:, 1:]), s.a) for s in samples]
-    )  # [lengths, sequences]
+    by_length = [study.predictor_errors(s.a[:, :-1], s.a[:, 1:]) for s in samples]
+    means = {name: torch.stack([errors[name].mean() for errors in by_length]).mean() for name in by_length[0]}
+    errors = torch.stack([errors["model"].mean(1) for errors in by_length])  # [lengths, sequences]
     prediction, target = study.activations["output"], study.population.a[:, 1:]
     measured, last = errors.mean().item(), study.log["eval_mse"][-20:]
     full = measured <= 2e-4
@@ -369,8 +518,8 @@ def claim_mse(study: Study) -> Finding:
             "length_14": squared_errors(prediction, target).mean(),
             "length_14_interval": bootstrap(squared_errors(prediction, target), study.generator("mse 14")),
             "length_14_by_position_0_to_13": ((prediction - target) ** 2).mean((0, 2)),
-            "predict_zero": torch.stack([squared_errors(torch.zeros_like(s.a[:, 1:]), s.a[:, 1:]) for s in samples]).mean(),
-            "predict_last_vector": torch.stack([squared_errors(s.a[:, :-1], s.a[:, 1:]) for s in samples]).mean(),
+            **{name: value for name, value in means.items() if name != "model"},
+            **outside_training(study),
             "training_log_last_20_evaluations": {"lowest": last.min(), "highest": last.max()},
         },
         verdict=verdict(full, measured <= 1e-3),
@@ -681,9 +830,8 @@ def claim_l2_qk_identity(study: Study) -> Finding:
 
 
 def neighbours(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a_{n+1}, a_n and a_{n-1} for the predictable positions n = 2 .. , each [batch, pos - 2, d_vocab], of sequences a "
-    "[batch, pos + 1, d_vocab]."""
-    return a[:, FIRST_POSITION + 1 :], a[:, FIRST_POSITION:-1], a[:, FIRST_POSITION - 1 : -2]
+    """a_{n+1}, a_n and a_{n-1} for n = 2 .., each [batch, pos - 2, d_vocab], of sequences a [batch, pos + 1, d_vocab]."""
+    return a[:, FIRST_POSITION + 1 :], recent(a[:, :-1], 0), recent(a[:, :-1], 1)
 
 
 def lens(study: Study, hook: str) -> Tensor:
@@ -1230,6 +1378,69 @@ def figure_estimate(study: Study):
     return figure
 
 
+PREDICTORS = {  # label and line of each of `Study.predictors`
+    "predict_zero": ("predicting 0", {"color": "0.75"}),
+    "predict_last_vector": ("repeating the last vector", {"color": "0.5"}),
+    "best_linear_of_2": ("best fixed linear predictor from 2 vectors", {"color": OTHER}),
+    "best_linear_of_3": ("the same from 3 vectors", {"color": OTHER, "ls": ":"}),
+    "exact_solver": ("exact solver on the last 3 vectors, float32", {"color": TRUTH}),
+    "model": ("model", {"color": MODEL, "lw": 2}),
+}
+
+
+def draw_errors(axes, x, errors: dict[str, list[Tensor]], **options):
+    """A line for each predictor, on a logarithmic axis."""
+    for name, (label, line) in PREDICTORS.items():
+        axes.semilogy(x, torch.stack(list(errors[name])), label=label, **line, **options)
+
+
+def figure_errors_by_position(study: Study):
+    figure, axes = grid(1, 1, 9, 4, f"Error against what is possible, by position ({POPULATION:,} sequences)")
+    errors = {name: e.mean(0) for name, e in study.test_errors.items()}
+    draw_errors(axes, range(FIRST_POSITION, MAX_LENGTH), errors, marker=".")
+    axes.set(xlabel="position n, at which the next vector is predicted", ylabel="mean squared error")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def figure_errors_by_c(study: Study):
+    figure, axes = grid(1, 1, 9, 4, f"Error against what is possible, by c ({POPULATION:,} sequences)")
+    edges = np.arange(-2, 2 + C_BIN, C_BIN)
+    bins = [(study.test.c >= low) & (study.test.c < low + C_BIN) for low in edges[:-1]]
+    errors = {name: [e[inside].mean() for inside in bins] for name, e in study.test_errors.items()}
+    draw_errors(axes, edges[:-1] + C_BIN / 2, errors, marker=".")
+    axes.set(xlabel=f"c, in ranges of {C_BIN}", ylabel="mean squared error")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def figure_out_of_distribution(study: Study):
+    figure, panels = grid(2, 2, 10, 7, "Where training never went (white: where it did)", sharey=True)
+    shown = {
+        "length": ("inputs", (MIN_LENGTH, MAX_LENGTH)),
+        "c": ("c", (-2, 2)),
+        "scale": ("factor on all vectors", (0.95, 1.05)),
+        "noise": ("standard deviation of the noise on the inputs", None),
+    }
+    for axes, (what, (xlabel, trained)) in zip(panels.flat, shown.items()):
+        settings = study.out_of_distribution[what]
+        relative = {
+            name: [errors[name].mean() / errors["predict_zero"].mean() for errors in settings.values()] for name in study.predictors
+        }
+        draw_errors(axes, list(settings), relative)
+        if what in ("scale", "noise"):
+            axes.set_xscale("log")
+        low, high = min(settings), max(settings)
+        axes.axvspan(low, trained[0] if trained else high, color="0.95", zorder=0)
+        if trained:
+            axes.axvspan(trained[1], high, color="0.95", zorder=0)
+        axes.set(xlabel=xlabel, xlim=(low, high))
+    for axes in panels[:, 0]:
+        axes.set_ylabel("MSE / MSE of predicting 0")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
 def figure_example(study: Study):
     positions = 8
     i = pick(study.alternating, -1.0)
@@ -1243,7 +1454,7 @@ def figure_example(study: Study):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two tables. Everything else reads them.
+# The tables. Everything else reads them.
 
 
 @dataclass(frozen=True)
@@ -1251,6 +1462,17 @@ class Figure:
     name: str
     title: str
     draw: Callable[[Study], plt.Figure]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A claim in a few numbers, to compare seeds by. Which head does what differs between seeds, so these are means over heads."""
+
+    quantity: str
+    values: Callable[[Any, dict], dict[str, float]]  # from `measured` and `control` as results.json has them
+    controls: Callable[[Any, dict], dict[str, float]]
+    paper: tuple[float, float] | None = None  # the paper's value as a range in this quantity, where it is one
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -1280,6 +1502,134 @@ FIGURES = {
     16: Figure("mlp_attribution", "direct logit attribution of the MLPs", figure_mlp_attribution),
     17: Figure("estimate", "before and after layer 0, a_n + 2.3 a_{n-1}, and the truth", figure_estimate),
     18: Figure("attention_example", "an attention pattern", figure_example),
+    # not in the paper
+    19: Figure("errors_by_position", "error by position, against what is possible", figure_errors_by_position),
+    20: Figure("errors_by_c", "error by c, against what is possible", figure_errors_by_c),
+    21: Figure("out_of_distribution", "error on longer, wilder, larger, smaller and noisy sequences", figure_out_of_distribution),
+}
+
+
+def mean(values) -> float:
+    return float(np.mean(values))
+
+
+def by_layer(scores: list[list[float]], name: str = "layer") -> dict[str, float]:
+    return {f"{name} {l}": mean(heads) for l, heads in enumerate(scores)}
+
+
+def factors(k: dict, arms: dict[str, str]) -> dict[str, float]:
+    """MSE of arms of an intervention over the MSE of the unchanged model."""
+    return {label: k[arm]["mse"] / k["unchanged"] for label, arm in arms.items()}
+
+
+SUMMARIES = {  # m is what was measured, k the controls
+    "mse": Summary(
+        "MSE",
+        lambda m, k: {"model": m},
+        lambda m, k: {"best linear": k["best_linear_of_2"], "last vector": k["predict_last_vector"]},
+        paper=(1e-4, 1e-4),
+        log=True,
+    ),
+    "l0_prev_token": Summary(
+        "attention",
+        lambda m, k: {"heads": mean(m)},
+        lambda m, k: {"untrained": mean(k["untrained"]), "uniform": mean(k["uniform_attention"])},
+    ),
+    "l1_second_token": Summary(
+        "attention",
+        lambda m, k: {"heads": mean(m), "highest head": max(m)},
+        lambda m, k: {"untrained": mean(k["untrained"]), "uniform": mean(k["uniform_attention"])},
+    ),
+    "l2_checkerboard": Summary(
+        "attention",
+        lambda m, k: {"heads, c near -1": mean(m)},
+        lambda m, k: {"heads, c near 1": mean(k["c_near_1"]), "uniform": mean(k["uniform_attention"])},
+    ),
+    "dla_sign": Summary(
+        "dot product",
+        lambda m, k: by_layer(m),
+        lambda m, k: by_layer(k["standard_next_by_head"], "(b) layer"),
+    ),
+    "l0_ov_r2": Summary(
+        "R^2",
+        lambda m, k: {"residual stream": m},
+        lambda m, k: {"random vectors": k["random_vectors"], "data vectors": k["data_coordinates"]},
+        paper=(0.83, 0.83),
+    ),
+    "l0_ov_slope": Summary(
+        "slope",
+        lambda m, k: {"residual stream": m},
+        lambda m, k: {"to what is added": k["raw_to_what_is_added"], "data vectors": k["data_coordinates"]},
+        paper=(2.1, 2.5),
+    ),
+    "l0_ov_intercept": Summary(
+        "intercept",
+        lambda m, k: {"residual stream": m},
+        lambda m, k: {"data vectors": k["data_coordinates"]},
+        paper=(0, 0),
+    ),
+    "l0_ov_r2_random": Summary(
+        "R^2",
+        lambda m, k: {"random vectors": m},
+        lambda m, k: {"residual stream": k["residual_stream_vectors"], "untrained": k["untrained_ov"]},
+        paper=(0.598, 0.598),
+    ),
+    "l0_orthogonal": Summary(
+        "share of the norm",
+        lambda m, k: {"OV x": m},
+        lambda m, k: {"random direction": k["random_directions"], "untrained": k["untrained_ov"]},
+        paper=(0.8415, 0.8415),
+    ),
+    "l1_mean_ablation": Summary(
+        "MSE / unchanged",
+        lambda m, k: factors(k, {"layer 1": "layer_1_attention_mean"}),
+        lambda m, k: factors(k, {"layer 0": "layer_0_attention_mean", "layer 2": "layer_2_attention_mean"}),
+        paper=(2, 2),
+        log=True,
+    ),
+    "l1_ov_effective_rank": Summary(
+        "effective rank",
+        lambda m, k: {"head 0": m, "all heads": mean(k["all_heads"][1])},
+        lambda m, k: {"untrained": k["untrained"], "layer 2": mean(k["all_heads"][2])},
+    ),
+    "l2_ov_identity": Summary(
+        "cosine with I",
+        lambda m, k: {"heads": mean(m)},
+        lambda m, k: {"untrained": mean(k["untrained"]), "layer 0": mean(k["layer_0"]), "layer 1": mean(k["layer_1"])},
+    ),
+    "l2_qk_identity": Summary(
+        "cosine with I",
+        lambda m, k: {"heads": mean(m)},
+        lambda m, k: {"untrained": mean(k["untrained"]), "layer 0": mean(k["layer_0"]), "layer 1": mean(k["layer_1"])},
+    ),
+    "lens_after_l0": Summary(
+        "explained",
+        lambda m, k: {"as it is": m},
+        lambda m, k: {"rescaled": k["multiplied_by_the_best_constant"], "best linear": k["best_fixed_linear_predictor_from_a_n_and_a_n-1"]},
+    ),
+    "eigenvalue_score": Summary(
+        "score",
+        lambda m, k: by_layer(m),
+        lambda m, k: by_layer(k["full_circuit_through_W_E_and_W_U"], "full, layer"),
+    ),
+    "l2_qk_pinv": Summary(
+        "MSE / unchanged",
+        lambda m, k: factors(k, {"pseudo- inverse": "pseudoinverse"}),
+        lambda m, k: factors(k, {"uniform": "uniform_attention", "random": "random_qk_of_equal_norm", "mean ablation": "mean_ablation"}),
+        paper=(1, 1),
+        log=True,
+    ),
+    "mlp_dla": Summary(
+        "dot product",
+        lambda m, k: {"positions 11-13": k["mean_of_the_sum_at_positions_11_to_13"]},
+        lambda m, k: {"positions 2-10": k["mean_of_the_sum_at_positions_2_to_10"]},
+    ),
+    "alpha": Summary(
+        "coefficient",
+        lambda m, k: {"alpha": m},
+        lambda m, k: {"free: a_n": k["after_layer_0"]["a_n"], "free: a_n-1": k["after_layer_0"]["a_n-1"]},
+        paper=(2.3, 2.3),
+    ),
 }
 
 CLAIMS = {
@@ -1307,6 +1657,120 @@ CLAIMS = {
     "mlp_dla": Claim("the MLPs push in the right direction mainly at the last positions", "Figure 16", 16, claim_mlp_dla),
     "alpha": Claim("the residual stream after layer 0 is about a_n + alpha a_{n-1}", 2.3, 17, claim_alpha),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several seeds
+
+MARKS = {"reproduced": ("o", TRUTH), "partly": ("s", MODEL), "not reproduced": ("X", LENS)}  # one for each verdict
+SNAPSHOTS = {  # title of each measure of snapshots.csv
+    "mse": "MSE on 14 inputs",
+    "prev_token": "attention to the previous vector",
+    "second_token": "attention to the second vector",
+    "eigenvalue_score": "OV eigenvalue score",
+    "ov_identity": "OV: cosine with I",
+    "qk_identity": "QK: cosine with I",
+    "dla_paper": "attribution of the heads, paper's reading",
+    "dla_standard": "attribution of the heads, standard",
+    "l0_orthogonal": "layer 0: share of OV x outside span of W_E",
+}
+
+
+def spread(values: list[float]) -> dict:
+    """The value of each seed, their mean, sample standard deviation (0 for a single one) and range."""
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return plain({"seeds": values, "mean": mean(values), "sd": sd, "lowest": min(values), "highest": max(values)})
+
+
+def over_seeds(seeds: dict[str, dict]) -> dict[str, dict]:
+    """What each claim comes to, from {seed: {claim: {"verdict": .., "values": {..}, "controls": {..}}}}."""
+    claims = {}
+    for name, claim in CLAIMS.items():
+        each = [found[name] for found in seeds.values()]
+        claims[name] = {
+            "claim": claim.claim,
+            "paper": claim.paper,
+            "quantity": SUMMARIES[name].quantity,
+            "verdicts": {verdict: sum(found["verdict"] == verdict for found in each) for verdict in MARKS},
+        }
+        for kind in ("values", "controls"):
+            claims[name][kind] = {label: spread([found[kind][label] for found in each]) for label in each[0][kind]}
+    return claims
+
+
+def halfway(step: np.ndarray, values: np.ndarray) -> dict:
+    """When a measure has gone half of the way (on a logarithmic scale for the MSE, taken before) from its first value to
+    the mean of its last ten: {"start", "end", "halfway": the first step at which it has}."""
+    start, end = float(values[0]), float(values[-10:].mean())
+    gone = (values - start) * np.sign(end - start) >= abs(end - start) / 2
+    return plain({"start": start, "end": end, "halfway": int(step[np.argmax(gone)])})
+
+
+def order_of_events(snapshots: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict]]:
+    """`halfway` of every measure, by layer where it has layers: {measure: {seed: ..}}."""
+    events: dict[str, dict] = {}
+    for seed, series in snapshots.items():
+        for name in SNAPSHOTS:
+            values = np.log10(series[name]) if name == "mse" else series[name]
+            for suffix, column in [("", values)] if values.ndim == 1 else [(f" layer {l}", v) for l, v in enumerate(values.T)]:
+                events.setdefault(("log10 " if name == "mse" else "") + name + suffix, {})[seed] = halfway(series["step"], column)
+    return events
+
+
+def figure_seeds(results: dict):
+    """A panel for each claim: a mark for each seed, in the same order everywhere, and a bar at their mean."""
+    columns = 4
+    rows = -(-(len(CLAIMS) + 1) // columns)
+    figure, panels = grid(rows, columns, 11, 2.5 * rows, f"The claims over {len(results['seeds'])} seeds")
+    for axes, (name, claim) in zip(panels.flat, results["claims"].items()):
+        summary, verdicts = SUMMARIES[name], [found[name]["verdict"] for found in results["seeds"].values()]
+        groups = [(label, group, True) for label, group in claim["values"].items()]
+        groups += [(label, group, False) for label, group in claim["controls"].items()]
+        for x, (label, group, measured) in enumerate(groups):
+            xs = x + np.linspace(-0.25, 0.25, len(verdicts)) if len(verdicts) > 1 else [x]
+            for i, value in enumerate(group["seeds"]):
+                marker, color = MARKS[verdicts[i]] if measured else (".", "0.6")
+                axes.plot(xs[i], value, marker=marker, color=color, ms=5, mec="none", ls="")
+            axes.plot([x - 0.35, x + 0.35], [group["mean"]] * 2, color="black", lw=1)
+        if summary.paper:
+            low, high = summary.paper
+            axes.axhspan(low, high, color=OTHER, alpha=0.3, lw=0) if low < high else axes.axhline(low, color=OTHER, ls="--", lw=1)
+        axes.set_yscale("log" if summary.log else "linear")
+        axes.set_xticks(range(len(groups)), [textwrap.fill(label, 9 if len(groups) <= 4 else 6) for label, _, _ in groups], fontsize=7)
+        axes.set(xlim=(-0.6, len(groups) - 0.4), ylabel=summary.quantity)
+        axes.set_title(f"{name}: {claim['verdicts']['reproduced']} of {len(verdicts)}\npaper: {short(claim['paper'])}", fontsize=8)
+    legend, *unused = panels.flat[len(CLAIMS) :]
+    for axes in (legend, *unused):
+        axes.axis("off")
+    handles = [legend.plot([], [], marker=marker, color=color, ls="", label=verdict)[0] for verdict, (marker, color) in MARKS.items()]
+    handles.append(legend.plot([], [], marker=".", color="0.6", ls="", label="control")[0])
+    handles.append(legend.plot([], [], color="black", lw=1, label="mean over seeds")[0])
+    handles.append(legend.plot([], [], color=OTHER, ls="--", lw=1, label="paper")[0])
+    legend.legend(handles=handles, loc="center")
+    return figure
+
+
+def figure_snapshots(snapshots: dict[str, dict[str, np.ndarray]]):
+    """A panel for each measure: a line for each seed, by layer where it has layers."""
+    figure, panels = grid(3, 3, 11, 8.5, "When it forms: means over the heads of a layer, a line for each seed", sharex=True)
+    for axes, (name, title) in zip(panels.flat, SNAPSHOTS.items()):
+        for series in snapshots.values():
+            values = series[name]
+            for layer, column in enumerate(values.T if values.ndim == 2 else [values]):
+                color = (TRUTH, OTHER, LENS)[layer % 3] if values.ndim == 2 else "black"
+                axes.plot(series["step"], column, color=color, lw=1, alpha=0.8)
+        axes.set_title(title)
+        if name == "mse":
+            axes.set_yscale("log")
+        elif "token" not in name and name != "l0_orthogonal":
+            axes.axhline(0, color="0.8", zorder=0)
+        axes.set_xscale("symlog", linthresh=max(1.0, series["step"][1:2].sum()))
+    for axes in panels[-1]:
+        axes.set_xlabel("step")
+    layers = next(iter(snapshots.values()))["prev_token"].shape[1]
+    handles = [panels[0, 0].plot([], [], color=(TRUTH, OTHER, LENS)[l % 3], label=f"layer {l}")[0] for l in range(layers)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=layers)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1399,6 +1863,52 @@ def markdown(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def seeds_markdown(results: dict) -> str:
+    """seeds.md: what each claim comes to over the seeds, the verdict of each, and in which order things formed."""
+    seeds, claims = list(results["seeds"]), results["claims"]
+
+    def lines_of(groups: dict, text: Callable[[dict], str]) -> str:
+        return "<br>".join(f"{label}: {text(group)}" if len(groups) > 1 else text(group) for label, group in groups.items())
+
+    lines = [
+        f"# The claims over {len(seeds)} seeds",
+        "",
+        "Written by `python analyze.py --seeds DIR`; more digits and the measurements by head are in `seeds.json`. Rules and figures of single claims: `results.md`.",
+        "",
+    ]
+    lines += [f"{key}: {short(value)}  " for key, value in results["meta"].items()]
+    lines += [
+        "",
+        "| claim | paper | quantity | each seed | mean (standard deviation) | controls, mean over seeds | reproduced | partly | not |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, claim in claims.items():
+        each = lines_of(claim["values"], lambda group: " ".join(short(value) for value in group["seeds"]))
+        average = lines_of(claim["values"], lambda group: f"{short(group['mean'])} ({short(group['sd'])})")
+        controls = "<br>".join(f"{label}: {short(group['mean'])}" for label, group in claim["controls"].items())
+        counts = " | ".join(str(count) for count in claim["verdicts"].values())
+        lines.append(
+            f"| `{name}` {claim['claim']} | {short(claim['paper'])} | {claim['quantity']} | {each} | {average} | {controls} | {counts} |"
+        )
+    lines += ["", "## Verdict of each seed", "", f"| claim | {' | '.join(seeds)} |", "| --- |" + " --- |" * len(seeds)]
+    lines += [f"| `{name}` | {' | '.join(results['seeds'][seed][name]['verdict'] for seed in seeds)} |" for name in claims]
+    if results["when"]:
+        followed = list(next(iter(results["when"].values())))
+        lines += [
+            "",
+            "## When",
+            "",
+            "Means over the heads of a layer: the value before training, the mean of the last ten snapshots, and the first snapshot at which half of the way between them was done.",
+            "",
+            f"| measure | {' | '.join(f'{seed}: from, to, halfway at step' for seed in followed)} |",
+            "| --- |" + " --- |" * len(followed),
+        ]
+        for name, events in sorted(results["when"].items(), key=lambda item: mean([e["halfway"] for e in item[1].values()])):
+            cells = [f"{short(e['start'])}, {short(e['end'])}, {e['halfway']:,}" for e in events.values()]
+            lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def table(results: dict) -> str:
     """The claims as lines for a terminal."""
     rows = [
@@ -1424,9 +1934,37 @@ class Progress:
         line = f"[{self.done}/{self.total}] {what} ({elapsed:.0f} s{left})"
         print(f"\r{line}\x1b[K" if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
+    def skip(self, number: int):
+        """Leave out what is already there, for the time left too."""
+        self.total -= number
+
     def finish(self):
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def write_text(out: str, name: str, text: str):
+    with replacing(os.path.join(out, name)) as f:
+        f.write(text.encode())
+
+
+def draw(figure_of: Callable, what, path: str):
+    """Write the figure that `figure_of` makes of `what` to a PNG."""
+    with plt.rc_context(STYLE):
+        figure = figure_of(what)
+        with replacing(path) as f:
+            figure.savefig(f, format="png")
+        plt.close(figure)
+
+
+def measure(study: Study, claims: Iterable[str], progress: Progress, prefix: str = "") -> dict[str, dict]:
+    """The `claims` as results.json has them."""
+    results = {}
+    for name in claims:
+        progress.next(f"{prefix}claim {name}")
+        claim = CLAIMS[name]
+        results[name] = plain({"claim": claim.claim, "paper": claim.paper, **asdict(claim.measure(study))})
+    return results
 
 
 def run(study: Study, out: str, figures: list[int], claims: list[str]):
@@ -1435,25 +1973,96 @@ def run(study: Study, out: str, figures: list[int], claims: list[str]):
     progress = Progress(len(figures) + len(claims))
     for number in figures:
         progress.next(f"figure {number}: {FIGURES[number].title}")
-        with plt.rc_context(STYLE):
-            figure = FIGURES[number].draw(study)
-            with replacing(os.path.join(out, figure_file(number))) as f:
-                figure.savefig(f, format="png")
-            plt.close(figure)
-    results = {"meta": meta(study), "claims": {}}
-    for name in claims:
-        progress.next(f"claim {name}")
-        claim = CLAIMS[name]
-        results["claims"][name] = plain({"claim": claim.claim, "paper": claim.paper, **asdict(claim.measure(study))})
+        draw(FIGURES[number].draw, study, os.path.join(out, figure_file(number)))
+    results = {"meta": meta(study), "claims": measure(study, claims, progress)}
     progress.finish()
     if claims:
-        for name, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("results.md", markdown(results))):
-            with replacing(os.path.join(out, name)) as f:
-                f.write(text.encode())
+        write_text(out, "results.json", json.dumps(results, indent=1) + "\n")
+        write_text(out, "results.md", markdown(results))
         print(table(results))
     print(
         f"{len(figures)} figures{' and results.json, results.md' if claims else ''} in {out}, {time.perf_counter() - progress.start:.0f} s"
     )
+
+
+def open_seeds(folder: str, seed: int) -> tuple[dict[str, str], dict[str, dict[str, np.ndarray]]]:
+    """The runs in `folder`/seed_*/, {name: path}, and the snapshots of those that have some, {name: series}.
+
+    Raises FileNotFoundError if there is none, and FileNotFoundError or ValueError for one that cannot be read or is at another step.
+    """
+    runs = {os.path.basename(path): path for path in sorted(glob.glob(os.path.join(glob.escape(folder), "seed_*"))) if os.path.isdir(path)}
+    if not runs:
+        raise FileNotFoundError(f"there is no run in {os.path.join(folder, 'seed_*')}: train some with train.py --seeds 0-3 --out {folder}")
+    steps = {name: int(Study(path, seed).log["step"][-1]) for name, path in runs.items()}
+    for name, step in steps.items():
+        if step < max(steps.values()):
+            raise ValueError(
+                f"{runs[name]} is at step {step:,}, another seed at {max(steps.values()):,}: go on with train.py --seeds .. --resume, or move it elsewhere"
+            )
+    tables = {name: os.path.join(path, "snapshots.csv") for name, path in runs.items()}
+    return runs, {name: read_snapshots(path) for name, path in tables.items() if os.path.exists(path)}
+
+
+def run_seeds(folder: str, seed: int, out: str):
+    """Measure every claim on every run in `folder`/seed_*/; write seeds.json, seeds.md, seeds.png and snapshots.png to `out`.
+
+    What is measured is kept in seeds.partial.json until all is, so that after an interruption only the rest is measured.
+    """
+    runs, snapshots = open_seeds(folder, seed)
+    os.makedirs(out, exist_ok=True)
+    partial = os.path.join(out, "seeds.partial.json")
+    code = hashlib.sha256()
+    for name in ("data.py", "model.py", "interventions.py", "analyze.py"):
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), "rb") as f:
+            code.update(f.read())
+
+    def description(study: Study) -> dict:
+        return {key: value for key, value in meta(study).items() if key != "weights"} | {"code": code.hexdigest()}
+
+    try:
+        with open(partial) as f:
+            kept = json.load(f)
+    except (OSError, ValueError):
+        kept = {}
+    progress = Progress(len(runs) * len(CLAIMS))
+    for name, path in runs.items():
+        study = Study(path, seed)
+        if kept.get(name, {}).get("meta") == description(study):
+            progress.skip(len(CLAIMS))
+            continue
+        claims = measure(study, CLAIMS, progress, f"{name} ")
+        for claim, found in claims.items():
+            summary, control = SUMMARIES[claim], found.pop("control")
+            found["values"], found["controls"] = (plain(view(found["measured"], control)) for view in (summary.values, summary.controls))
+        kept[name] = {"meta": description(study), "claims": claims}
+        write_text(out, "seeds.partial.json", json.dumps(kept))
+    progress.finish()
+
+    described = {name: dict(kept[name]["meta"]) for name in runs}
+    sha256 = {name: own.pop("sha256") for name, own in described.items()}
+    seeds = {name: kept[name]["claims"] for name in runs}
+    results = {
+        "meta": described[next(iter(runs))] | {"sha256": sha256},
+        "claims": over_seeds(seeds),
+        "when": order_of_events(snapshots),
+        "seeds": seeds,
+    }
+    draw(figure_seeds, results, os.path.join(out, "seeds.png"))
+    if snapshots:
+        draw(figure_snapshots, snapshots, os.path.join(out, "snapshots.png"))
+    write_text(out, "seeds.json", json.dumps(results, indent=1) + "\n")
+    write_text(out, "seeds.md", seeds_markdown(results))
+    os.remove(partial)
+    for name, claim in results["claims"].items():
+        print(f"{name:22}" + "  ".join(f"{count} {verdict}" for verdict, count in claim["verdicts"].items() if count))
+    without = len(runs) - len(snapshots)
+    print(
+        f"{len(runs)} seeds: seeds.json, seeds.md, seeds.png{', snapshots.png' if snapshots else ''} in {out}, {time.perf_counter() - progress.start:.0f} s"
+    )
+    if without:
+        print(
+            f"{without} of the seeds have no snapshots.csv (--snapshot-every 0, or an older train.py) and are not in {'snapshots.png' if snapshots else 'any figure of snapshots'}"
+        )
 
 
 def main():
@@ -1463,6 +2072,7 @@ def main():
     parser.add_argument(
         "--fig", type=whole_number(1), action="append", default=[], metavar="N", help="draw figure N; may be given several times"
     )
+    parser.add_argument("--seeds", metavar="DIR", help="measure every claim on every run in DIR/seed_*/ and compare them")
     parser.add_argument("--run", default="weights", metavar="DIR", help="folder with weights.pt and log.csv (default: weights)")
     parser.add_argument("--out", default="figures", metavar="DIR", help="folder for the figures and results (default: figures)")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the sequences and random matrices (default: 0)")
@@ -1470,8 +2080,10 @@ def main():
     for number in arguments.fig:
         if number not in FIGURES:
             parser.error(f"there is no figure {number}; figures are 1 to {max(FIGURES)}, see --list")
-    if not (arguments.all or arguments.list or arguments.fig):
-        parser.error("nothing to do: give --all, --fig N or --list")
+    if not (arguments.all or arguments.list or arguments.fig or arguments.seeds):
+        parser.error("nothing to do: give --all, --fig N, --seeds DIR or --list")
+    if arguments.seeds and (arguments.all or arguments.fig or arguments.run != parser.get_default("run")):
+        parser.error("--seeds DIR is about other runs than --all, --fig and --run: give it by itself")
 
     try:
         if arguments.list:
@@ -1484,6 +2096,8 @@ def main():
         if arguments.all or arguments.fig:
             study = Study(arguments.run, arguments.seed)
             run(study, arguments.out, list(FIGURES) if arguments.all else sorted(set(arguments.fig)), list(CLAIMS) if arguments.all else [])
+        if arguments.seeds:
+            run_seeds(arguments.seeds, arguments.seed, arguments.out)
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
     except KeyboardInterrupt:

@@ -437,14 +437,16 @@ class Training(TestCase):
             self.assertTrue(torch.equal(stack.train_step(), again.train_step()))
 
     def test_stacked_runs_write_what_single_runs_write(self):
-        runs = [train.open_run(self.options(seed=seed), resume=False, config=SMALL_TASK) for seed in (1, 2)]
+        runs = [train.open_run(self.options(seed=seed, snapshot_every=2), resume=False, config=SMALL_TASK) for seed in (1, 2)]
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(train, "HELD_OUT_PER_LENGTH", 2):
             self.assertTrue(train.train(runs))
         for run in runs:
-            self.assertEqual(sorted(os.listdir(run.options.out)), ["checkpoint.pt", "log.csv", "weights.pt"])
+            self.assertEqual(sorted(os.listdir(run.options.out)), sorted(train.FILES))
             self.assertEqual([row[0] for row in analyze.read_log(os.path.join(run.options.out, "log.csv"))], [3, 6])
             loaded = model.load_weights(os.path.join(run.options.out, "weights.pt"), SMALL_TASK)
             self.assertTrue(all(torch.equal(p, q) for p, q in zip(loaded.parameters(), run.parameters)))
+            self.assertEqual([row["step"] for row in run.snapshots], [0, 2, 4, 6])
+            self.assertClose(run.snapshots[-1]["mse"], data.evaluate(loaded, data.held_out(2)[-1:]), 1e-6)
             single = train.open_run(dataclasses.replace(run.options, steps=7), resume=True, config=SMALL_TASK)
             self.assertTrue(self.quietly(single))
 
@@ -465,6 +467,21 @@ class Training(TestCase):
         self.assertEqual(read(os.path.join(single, "weights.pt")), read(os.path.join(out, "seed_0002", "weights.pt")))
         logs = [analyze.read_log(os.path.join(out, f"seed_000{seed}", "log.csv")) for seed in range(3)]
         self.assertEqual([log["step"].tolist() for log in logs], [[2, 4]] * 3)
+
+    def test_snapshots_come_from_step_0_on_and_change_nothing(self):
+        with_some = train.open_run(self.options(steps=7, snapshot_every=2, eval_every=4), resume=False, config=SMALL_TASK)
+        with_none = train.open_run(self.options(steps=7, snapshot_every=0, eval_every=4), resume=False, config=SMALL_TASK)
+        for run in (with_some, with_none):
+            self.assertTrue(self.quietly(run))
+        for a, b in zip(with_some.model.parameters(), with_none.model.parameters()):
+            self.assertTrue(torch.equal(a, b))
+        self.assertEqual([row["step"] for row in with_some.snapshots], [0, 2, 4, 6])
+        self.assertFalse(os.path.exists(os.path.join(with_none.options.out, "snapshots.csv")))
+        series = analyze.read_snapshots(os.path.join(with_some.options.out, "snapshots.csv"))
+        expected = analyze.snapshot(train.Run(with_some.options, SMALL_TASK).model, data.held_out(2)[-1])  # before training
+        self.assertEqual(series.keys() - {"step"}, expected.keys())
+        for name, value in expected.items():
+            self.assertClose(torch.from_numpy(series[name])[0], value.mean(1) if value.dim() else value, 1e-5)
 
     def test_several_seeds_are_refused_before_any_is_touched(self):
         out = self.folder()
@@ -524,7 +541,8 @@ class Training(TestCase):
 
     def test_a_killed_run_resumes_to_the_same_bits_and_the_same_log(self):
         folder = self.folder()
-        arguments = [sys.executable, "train.py", "--steps", "40", "--eval-every", "10", "--batch-size", "2", "--device", "cpu", "--out"]
+        arguments = [sys.executable, "train.py", "--steps", "40", "--eval-every", "10", "--batch-size", "2", "--device", "cpu"]
+        arguments += ["--snapshot-every", "20", "--out"]
         start = lambda out: subprocess.Popen([*arguments, os.path.join(folder, out)], cwd=HERE, stdout=subprocess.PIPE, text=True)
         whole = start("whole")
         whole.communicate()
@@ -546,6 +564,9 @@ class Training(TestCase):
         ]
         self.assertEqual(logs[0], logs[1])
         self.assertEqual([row[0] for row in logs[0]], ["step", "10", "20", "30", "40"])
+        whole, killed = (read(os.path.join(folder, out, "snapshots.csv")).decode() for out in ("whole", "killed"))
+        self.assertEqual(whole, killed)
+        self.assertEqual([line.split(",")[0] for line in whole.split()], ["step", "0", "20", "40"])
 
     def test_an_interrupt_saves_between_two_steps_and_says_how_to_go_on(self):
         options = self.options(steps=1000)
@@ -800,6 +821,31 @@ class Measures(TestCase):
         self.assertEqual(once.shape, (4, 6, 3))
         self.assertClose(analyze.direct_attribution(transformer, 1000 * component, target), once, 1e-3)
 
+    def test_the_solver_finds_the_next_vector_whatever_c_is(self):
+        for c in (-2.0, -1.0, -1e-3, 0.0, 0.5, 1.0, 1.7):
+            a = [torch.randn(1, 40, generator=seeded(), dtype=torch.float64)]
+            d = torch.randn(1, 40, generator=seeded(1), dtype=torch.float64)
+            for _ in range(6):
+                a.append(c * a[-1] + d)
+            a = torch.stack(a, 1)
+            self.assertClose(analyze.solve_recurrence(a[:, :-1]), a[:, 3:], 1e-9)
+        still = torch.ones(1, 5, 40)
+        self.assertTrue(torch.equal(analyze.solve_recurrence(still), still[:, 2:]))
+
+    def test_the_solver_is_least_squares_on_vectors_that_are_no_recurrence(self):
+        x = torch.randn(1, 3, 4, generator=seeded(), dtype=torch.float64)
+        # Unknowns c, d_0 .. d_3 of the equations x_1 = c x_0 + d and x_2 = c x_1 + d.
+        equations = torch.cat([torch.cat([x[0, i][:, None], torch.eye(4, dtype=x.dtype)], 1) for i in range(2)])
+        c, *d = torch.linalg.lstsq(equations, x[0, 1:].flatten()[:, None]).solution[:, 0]
+        self.assertClose(analyze.solve_recurrence(x)[0, 0], c * x[0, 2] + torch.stack(d), 1e-9)
+
+    def test_halfway_is_the_first_step_beyond_the_middle(self):
+        steps = torch.arange(0, 400, 10).numpy()
+        for start, end in ((0.0, 1.0), (2.0, -1.0)):
+            values = torch.full((40,), end, dtype=torch.double)
+            values[:3] = torch.tensor([start, start + 0.4 * (end - start), start + 0.6 * (end - start)])
+            self.assertEqual(analyze.halfway(steps, values.numpy()), {"start": start, "end": end, "halfway": 20})
+
     def test_bootstrap_interval_of_a_mean(self):
         values = torch.randn(400, generator=seeded())
         low, high = analyze.bootstrap(values, seeded(1))
@@ -880,6 +926,93 @@ class Analysis(TestCase):
         for name in ("l2_ov_identity", "l2_qk_identity", "eigenvalue_score"):
             self.assertEqual(analyze.CLAIMS[name].measure(study).verdict, "reproduced", name)
 
+    def test_predictors_predict_the_vector_after_the_last_one_they_see(self):
+        study = analyze.Study(os.path.join(HERE, "weights"), seed=0)
+        a = study.test.a
+        predictions = {name: predict(a[:, :-1]) for name, predict in study.predictors.items()}
+        self.assertEqual({p.shape for p in predictions.values()}, {a[:, 3:].shape})
+        self.assertTrue(torch.equal(predictions["predict_last_vector"], a[:, 2:-1]))
+        self.assertClose(predictions["model"], study.model(a[:, :-1])[:, 2:], 1e-5)
+        self.assertClose(predictions["exact_solver"], a[:, 3:], 1e-5)
+        errors = {name: e.mean() for name, e in study.predictor_errors(study.population.a[:, :-1], study.population.a[:, 1:]).items()}
+        self.assertLess(errors["best_linear_of_3"], errors["best_linear_of_2"])
+        self.assertLess(errors["best_linear_of_2"], min(errors["predict_zero"], errors["predict_last_vector"]))
+
+    def test_snapshots_are_what_the_claims_measure(self):
+        study = analyze.Study(os.path.join(HERE, "weights"), seed=0)
+        snapshot = analyze.snapshot(model.load_weights(study.weights_file), study.population)
+        claims = {
+            name: analyze.CLAIMS[name].measure(study) for name in ("mse", "l0_prev_token", "l0_orthogonal", "dla_sign", "l2_qk_identity")
+        }
+        for expected, got in (
+            (claims["mse"].control["length_14"], snapshot["mse"]),
+            (claims["l0_prev_token"].measured, snapshot["prev_token"][0]),
+            (claims["l0_orthogonal"].measured, snapshot["l0_orthogonal"]),
+            (claims["dla_sign"].measured, snapshot["dla_paper"]),
+            (claims["dla_sign"].control["standard_next_by_head"], snapshot["dla_standard"]),
+            (claims["l2_qk_identity"].measured, snapshot["qk_identity"][2]),
+        ):
+            self.assertClose(got, expected, 1e-5)
+
+    def seeds_folder(self, *seeds: int) -> str:
+        """Runs of untrained models of the paper's size, with a log of one row."""
+        folder = self.folder()
+        for seed in seeds:
+            run = os.path.join(folder, f"seed_{seed:04d}")
+            os.mkdir(run)
+            model.save_file(model.Transformer(generator=seeded(seed)).state_dict(), os.path.join(run, "weights.pt"))
+            with open(os.path.join(run, "log.csv"), "w") as f:
+                f.write("step,loss,eval_mse,seconds\n10,1,1,1\n")
+        return folder
+
+    def test_seeds_are_compared_and_an_interrupted_comparison_goes_on(self):
+        folder, out = self.seeds_folder(0, 7), os.path.join(self.folder(), "figures")
+        measure, measured = analyze.measure, []
+
+        def interrupted(study, *arguments):
+            measured.append(os.path.basename(os.path.dirname(study.weights_file)))
+            if len(measured) == 2:
+                raise KeyboardInterrupt
+            return measure(study, *arguments)
+
+        with mock.patch.object(analyze, "measure", interrupted):
+            self.assertEqual(command(analyze.main, "--seeds", folder, "--out", out)[0], 130)
+            self.assertEqual(os.listdir(out), ["seeds.partial.json"])
+            self.assertEqual(command(analyze.main, "--seeds", folder, "--out", out)[0], 0)
+        self.assertEqual(measured, ["seed_0000", "seed_0007", "seed_0007"])
+        self.assertEqual(sorted(os.listdir(out)), ["seeds.json", "seeds.md", "seeds.png"])
+
+        results = json.loads(read(os.path.join(out, "seeds.json")))
+        self.assertEqual(list(results["seeds"]), ["seed_0000", "seed_0007"])
+        self.assertEqual(list(results["claims"]), list(analyze.CLAIMS))
+        for name, claim in results["claims"].items():
+            self.assertEqual(sum(claim["verdicts"].values()), 2)
+            for label, group in claim["values"].items():
+                values = [found[name]["values"][label] for found in results["seeds"].values()]
+                self.assertEqual(group["seeds"], values)
+                self.assertClose(torch.tensor(group["mean"]), torch.tensor(values).mean(), 1e-4)
+        alone = analyze.CLAIMS["eigenvalue_score"].measure(analyze.Study(os.path.join(folder, "seed_0007"), seed=0))
+        self.assertEqual(results["seeds"]["seed_0007"]["eigenvalue_score"]["measured"], analyze.plain(alone.measured))
+
+    def test_folders_without_comparable_seeds_are_refused_and_nothing_is_written(self):
+        folder, out = self.seeds_folder(0, 1), os.path.join(self.folder(), "figures")
+        refused = lambda status, says, *arguments: self.assertRefused(status, says, analyze.main, *arguments, "--out", out)
+        refused(1, "there is no run in", "--seeds", os.path.join(folder, "missing"))
+        refused(1, "there is no run in", "--seeds", os.path.join(folder, "seed_0000"))
+        refused(2, "give it by itself", "--seeds", folder, "--all")
+        refused(2, "give it by itself", "--seeds", folder, "--fig", "1")
+        table = os.path.join(folder, "seed_0001", "snapshots.csv")
+        with open(table, "w") as f:
+            f.write("step,loss\n1,2\n")
+        refused(1, "is no table of snapshots", "--seeds", folder)
+        os.remove(table)
+        with open(os.path.join(folder, "seed_0001", "log.csv"), "a") as f:
+            f.write("20,1,1,1\n")
+        refused(1, "seed_0000 is at step 10, another seed at 20", "--seeds", folder)
+        os.remove(os.path.join(folder, "seed_0001", "weights.pt"))
+        refused(1, "no weights file", "--seeds", folder)
+        self.assertFalse(os.path.exists(out))
+
     def test_committed_results_belong_to_the_shipped_weights_and_the_tables(self):
         results = json.loads(read(os.path.join(HERE, "figures", "results.json")))
         self.assertEqual(results["meta"]["sha256"], hashlib.sha256(read(os.path.join(HERE, "weights", "weights.pt"))).hexdigest())
@@ -897,9 +1030,7 @@ class Analysis(TestCase):
         rows = [row for row in read(os.path.join(HERE, "figures", "results.md")).decode().splitlines() if row.startswith("| [`")]
         self.assertEqual(len(rows), len(analyze.CLAIMS))
         for row in rows:
-            self.assertIn(
-                row.replace("(#", "(figures/results.md#").replace("(fig0", "(figures/fig0").replace("(fig1", "(figures/fig1"), readme
-            )
+            self.assertIn(row.replace("(#", "(figures/results.md#").replace("(fig", "(figures/fig"), readme)
 
     def test_figures_name_their_axes(self):
         study = analyze.Study(os.path.join(HERE, "weights"), seed=0)

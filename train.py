@@ -9,7 +9,9 @@
     python analyze.py --all --run runs/paper --out runs/paper/figures     # then look at it
 
 The out folder gets log.csv (step, loss: mean since the row before, eval_mse: on the fixed held-out set, seconds),
-weights.pt (the state dict) and checkpoint.pt (all that resuming needs), written every --eval-every steps and at the end.
+snapshots.csv (what `analyze.snapshot` measures, every --snapshot-every steps from step 0 on, a column for each head, such
+as prev_token_l0h3), weights.pt (the state dict) and checkpoint.pt (all that resuming needs), written every --eval-every
+steps and at the end.
 Ctrl-C saves first. A run that was killed and resumed ends, on the same machine, with the same bits as one that was not.
 """
 
@@ -29,7 +31,7 @@ import torch
 import data
 from model import Config, Transformer, load_file, replacing, save_file
 
-FILES = ("checkpoint.pt", "weights.pt", "log.csv")
+FILES = ("checkpoint.pt", "weights.pt", "log.csv", "snapshots.csv")
 COLUMNS = ("step", "loss", "eval_mse", "seconds")
 HELD_OUT_PER_LENGTH = 128  # 1,536 held-out sequences; measuring on them costs about 3% of the time
 BENCHMARK_STEPS = 240
@@ -124,6 +126,7 @@ class Options:
     weight_decay: float = option(0.01, real_number(zero=True), "weight decay of AdamW, on every parameter")
     seed: int = option(0, whole_number(0), "decides the initial weights and the training data")
     eval_every: int = option(1000, whole_number(1), "steps between two rows of log.csv, each with a checkpoint")
+    snapshot_every: int = option(500, whole_number(0), "steps between two rows of snapshots.csv; 0 for none")
     dtype: str = option("float32", dtype, "of the matrix products: float32 or bfloat16; weights and optimizer stay float32")
     tf32: bool = option(False, bool, "let CUDA round the factors of float32 products to TF32")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", device, "cpu, cuda or cuda:N")
@@ -131,7 +134,7 @@ class Options:
     out: str = option(os.path.join("runs", "paper"), str, "folder for log.csv, weights.pt and checkpoint.pt")
 
     # A run that is resumed must agree in these, or it would be neither the one run nor the other.
-    HYPERPARAMETERS = ("batch_size", "lr", "weight_decay", "seed", "eval_every", "dtype", "tf32")
+    HYPERPARAMETERS = ("batch_size", "lr", "weight_decay", "seed", "eval_every", "snapshot_every", "dtype", "tf32")
 
     def hyperparameters(self) -> dict:
         return {name: getattr(self, name) for name in self.HYPERPARAMETERS}
@@ -209,6 +212,8 @@ def adamw(parameters: list[torch.Tensor], options: Options) -> torch.optim.AdamW
 class Run(Trainer):
     """A training run: model, optimizer and the two random streams, which go on where a checkpoint left them."""
 
+    PROGRESS = ("step", "loss_sum", "loss_count", "seconds", "log", "snapshots")
+
     def __init__(self, options: Options, config: Config = Config()):
         self.options = options
         # Initial weights are drawn on the CPU as well: the same on every device.
@@ -224,6 +229,7 @@ class Run(Trainer):
         self.loss_count = 0
         self.seconds = 0.0  # of training, over all sittings
         self.log: list[list[float]] = []
+        self.snapshots: list[dict[str, float]] = []
 
     def sample(self, length: int) -> torch.Tensor:
         return data.sample(self.options.batch_size, length, self.sequences, self.model.config.d_vocab).a
@@ -242,7 +248,7 @@ class Run(Trainer):
             "optimizer": self.optimizer.state_dict(),
             "lengths": self.lengths.get_state(),
             "sequences": self.sequences.get_state(),
-            **{name: getattr(self, name) for name in ("step", "loss_sum", "loss_count", "seconds", "log")},
+            **{name: getattr(self, name) for name in self.PROGRESS},
         }
 
     def load_state(self, state: dict, path: str):
@@ -268,7 +274,7 @@ class Run(Trainer):
         self.optimizer.load_state_dict(state["optimizer"])
         self.lengths.set_state(state["lengths"])
         self.sequences.set_state(state["sequences"])
-        for name in ("step", "loss_sum", "loss_count", "seconds", "log"):
+        for name in self.PROGRESS:
             setattr(self, name, state[name])
 
     def save(self):
@@ -279,8 +285,27 @@ class Run(Trainer):
     def save_results(self):
         save_file({name: value.cpu() for name, value in self.model.state_dict().items()}, os.path.join(self.options.out, "weights.pt"))
         rows = [f"{step},{loss:.8g},{eval_mse:.8g},{seconds:.1f}" for step, loss, eval_mse, seconds in self.log]
-        with replacing(os.path.join(self.options.out, "log.csv")) as f:
-            f.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
+        self.save_table("log.csv", [",".join(COLUMNS), *rows])
+        if self.snapshots:
+            rows = [",".join(f"{value:.6g}" for value in row.values()) for row in self.snapshots]
+            self.save_table("snapshots.csv", [",".join(self.snapshots[0]), *rows])
+
+    def save_table(self, name: str, lines: list[str]):
+        with replacing(os.path.join(self.options.out, name)) as f:
+            f.write("\n".join([*lines, ""]).encode())
+
+    @torch.no_grad()
+    def take_snapshot(self, sequences: data.Sample):
+        """Add a row of what the model does to `sequences` to the snapshots."""
+        from analyze import snapshot  # not at the top: analyze.py imports the command line of this file
+
+        row = {"step": self.step}
+        for name, value in snapshot(self.model, sequences).items():
+            if value.dim():
+                row |= {f"{name}_l{l}h{h}": v for l, heads in enumerate(value.tolist()) for h, v in enumerate(heads)}
+            else:
+                row[name] = value.item()
+        self.snapshots.append(row)
 
 
 class Stack(Trainer):
@@ -448,6 +473,10 @@ def train(runs: list[Run]) -> bool:
     held_out = data.held_out(HELD_OUT_PER_LENGTH, device=options.device)
     losses = torch.empty(CHUNK, len(runs), device=options.device)
     step, clock = runs[0].step, time.perf_counter()
+    intervals = [every for every in (options.eval_every, options.snapshot_every) if every]
+    for run in runs:
+        if options.snapshot_every and not run.snapshots:  # before the first step
+            run.take_snapshot(held_out[-1])
 
     def check(run: Run, value: float, what: str):
         if not math.isfinite(value):
@@ -455,7 +484,7 @@ def train(runs: list[Run]) -> bool:
 
     with StopRequest() as stop, Progress(runs) as progress:
         while step < options.steps and not stop.requested:
-            room = min(CHUNK, options.eval_every - step % options.eval_every, options.steps - step)
+            room = min(CHUNK, options.steps - step, *(every - step % every for every in intervals))
             done = 0
             while done < room and not stop.requested:
                 losses[done] = trainer.train_step()
@@ -468,7 +497,8 @@ def train(runs: list[Run]) -> bool:
             step += done
 
             new_row = step == options.steps or step % options.eval_every == 0
-            if new_row or stop.requested:
+            new_snapshot = options.snapshot_every and step % options.snapshot_every == 0
+            if new_row or new_snapshot or stop.requested:
                 trainer.write_back()
             evaluations = [data.evaluate(run.model, held_out) if new_row else 0.0 for run in runs]
             now = time.perf_counter()
@@ -478,6 +508,8 @@ def train(runs: list[Run]) -> bool:
                 if new_row:
                     run.log.append([step, run.loss_sum / run.loss_count, eval_mse, run.seconds])
                     run.loss_sum, run.loss_count = 0.0, 0
+                if new_snapshot:
+                    run.take_snapshot(held_out[-1])
                 if new_row or stop.requested:
                     run.save()
             clock = now
