@@ -27,7 +27,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import matplotlib
 
@@ -87,7 +86,7 @@ def eigenvalue_score(circuit: Tensor) -> Tensor:
 
     For a product of thin factors A B pass B A, which has the same eigenvalues but for zeros.
     """
-    eigenvalues = torch.linalg.eigvals(circuit.double())
+    eigenvalues = torch.linalg.eigvals(circuit.double().cpu())  # faster there than on a GPU for matrices of this size
     return (eigenvalues.sum(-1).real / eigenvalues.abs().sum(-1)).float()
 
 
@@ -1466,12 +1465,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Summary:
-    """A claim in a few numbers, to compare seeds by. Which head does what differs between seeds, so these are means over heads."""
+    """A claim in a few numbers, to compare seeds by; `find` says what the places mean. Which head does what differs from
+    seed to seed, so measurements by head are averaged over them."""
 
     quantity: str
-    values: Callable[[Any, dict], dict[str, float]]  # from `measured` and `control` as results.json has them
-    controls: Callable[[Any, dict], dict[str, float]]
-    paper: tuple[float, float] | None = None  # the paper's value as a range in this quantity, where it is one
+    values: dict[str, str]  # label: place
+    controls: dict[str, str]
+    paper: tuple[float, float] | None = None  # the paper's value in this quantity as a range, where it is a number
+    relative_to: str | None = None  # place of what all are divided by
     log: bool = False
 
 
@@ -1509,125 +1510,94 @@ FIGURES = {
 }
 
 
-def mean(values) -> float:
-    return float(np.mean(values))
-
-
-def by_layer(scores: list[list[float]], name: str = "layer") -> dict[str, float]:
-    return {f"{name} {l}": mean(heads) for l, heads in enumerate(scores)}
-
-
-def factors(k: dict, arms: dict[str, str]) -> dict[str, float]:
-    """MSE of arms of an intervention over the MSE of the unchanged model."""
-    return {label: k[arm]["mse"] / k["unchanged"] for label, arm in arms.items()}
-
-
-SUMMARIES = {  # m is what was measured, k the controls
+LAYERS = ("layer 0", "layer 1", "layer 2")
+SUMMARIES = {
     "mse": Summary(
         "MSE",
-        lambda m, k: {"model": m},
-        lambda m, k: {"best linear": k["best_linear_of_2"], "last vector": k["predict_last_vector"]},
+        {"model": "measured"},
+        {"best linear": "best_linear_of_2", "last vector": "predict_last_vector"},
         paper=(1e-4, 1e-4),
         log=True,
     ),
-    "l0_prev_token": Summary(
-        "attention",
-        lambda m, k: {"heads": mean(m)},
-        lambda m, k: {"untrained": mean(k["untrained"]), "uniform": mean(k["uniform_attention"])},
-    ),
-    "l1_second_token": Summary(
-        "attention",
-        lambda m, k: {"heads": mean(m), "highest head": max(m)},
-        lambda m, k: {"untrained": mean(k["untrained"]), "uniform": mean(k["uniform_attention"])},
-    ),
+    "l0_prev_token": Summary("attention", {"heads": "measured"}, {"untrained": "untrained", "uniform": "uniform_attention"}),
+    "l1_second_token": Summary("attention", {"heads": "measured"}, {"untrained": "untrained", "uniform": "uniform_attention"}),
     "l2_checkerboard": Summary(
-        "attention",
-        lambda m, k: {"heads, c near -1": mean(m)},
-        lambda m, k: {"heads, c near 1": mean(k["c_near_1"]), "uniform": mean(k["uniform_attention"])},
+        "attention", {"heads, c near -1": "measured"}, {"heads, c near 1": "c_near_1", "uniform": "uniform_attention"}
     ),
     "dla_sign": Summary(
         "dot product",
-        lambda m, k: by_layer(m),
-        lambda m, k: by_layer(k["standard_next_by_head"], "(b) layer"),
+        {layer: f"measured/{l}" for l, layer in enumerate(LAYERS)},
+        {f"(b) {layer}": f"standard_next_by_layer/{l}" for l, layer in enumerate(LAYERS)},
     ),
     "l0_ov_r2": Summary(
         "R^2",
-        lambda m, k: {"residual stream": m},
-        lambda m, k: {"random vectors": k["random_vectors"], "data vectors": k["data_coordinates"]},
+        {"residual stream": "measured"},
+        {"random vectors": "random_vectors", "data vectors": "data_coordinates"},
         paper=(0.83, 0.83),
     ),
     "l0_ov_slope": Summary(
         "slope",
-        lambda m, k: {"residual stream": m},
-        lambda m, k: {"to what is added": k["raw_to_what_is_added"], "data vectors": k["data_coordinates"]},
+        {"residual stream": "measured"},
+        {"to what is added": "raw_to_what_is_added", "data vectors": "data_coordinates"},
         paper=(2.1, 2.5),
     ),
-    "l0_ov_intercept": Summary(
-        "intercept",
-        lambda m, k: {"residual stream": m},
-        lambda m, k: {"data vectors": k["data_coordinates"]},
-        paper=(0, 0),
-    ),
+    "l0_ov_intercept": Summary("intercept", {"residual stream": "measured"}, {"data vectors": "data_coordinates"}, paper=(0, 0)),
     "l0_ov_r2_random": Summary(
         "R^2",
-        lambda m, k: {"random vectors": m},
-        lambda m, k: {"residual stream": k["residual_stream_vectors"], "untrained": k["untrained_ov"]},
+        {"random vectors": "measured"},
+        {"residual stream": "residual_stream_vectors", "untrained": "untrained_ov"},
         paper=(0.598, 0.598),
     ),
     "l0_orthogonal": Summary(
         "share of the norm",
-        lambda m, k: {"OV x": m},
-        lambda m, k: {"random direction": k["random_directions"], "untrained": k["untrained_ov"]},
+        {"OV x": "measured"},
+        {"random direction": "random_directions", "untrained": "untrained_ov"},
         paper=(0.8415, 0.8415),
     ),
     "l1_mean_ablation": Summary(
         "MSE / unchanged",
-        lambda m, k: factors(k, {"layer 1": "layer_1_attention_mean"}),
-        lambda m, k: factors(k, {"layer 0": "layer_0_attention_mean", "layer 2": "layer_2_attention_mean"}),
+        {"layer 1": "measured"},
+        {"layer 0": "layer_0_attention_mean/mse", "layer 2": "layer_2_attention_mean/mse"},
         paper=(2, 2),
+        relative_to="unchanged",
         log=True,
     ),
     "l1_ov_effective_rank": Summary(
-        "effective rank",
-        lambda m, k: {"head 0": m, "all heads": mean(k["all_heads"][1])},
-        lambda m, k: {"untrained": k["untrained"], "layer 2": mean(k["all_heads"][2])},
+        "effective rank", {"head 0": "measured", "all heads": "all_heads/1"}, {"untrained": "untrained", "layer 2": "all_heads/2"}
     ),
     "l2_ov_identity": Summary(
-        "cosine with I",
-        lambda m, k: {"heads": mean(m)},
-        lambda m, k: {"untrained": mean(k["untrained"]), "layer 0": mean(k["layer_0"]), "layer 1": mean(k["layer_1"])},
+        "cosine with I", {"heads": "measured"}, {"untrained": "untrained", "layer 0": "layer_0", "layer 1": "layer_1"}
     ),
     "l2_qk_identity": Summary(
-        "cosine with I",
-        lambda m, k: {"heads": mean(m)},
-        lambda m, k: {"untrained": mean(k["untrained"]), "layer 0": mean(k["layer_0"]), "layer 1": mean(k["layer_1"])},
+        "cosine with I", {"heads": "measured"}, {"untrained": "untrained", "layer 0": "layer_0", "layer 1": "layer_1"}
     ),
     "lens_after_l0": Summary(
         "explained",
-        lambda m, k: {"as it is": m},
-        lambda m, k: {"rescaled": k["multiplied_by_the_best_constant"], "best linear": k["best_fixed_linear_predictor_from_a_n_and_a_n-1"]},
+        {"as it is": "measured"},
+        {"rescaled": "multiplied_by_the_best_constant", "best linear": "best_fixed_linear_predictor_from_a_n_and_a_n-1"},
     ),
     "eigenvalue_score": Summary(
         "score",
-        lambda m, k: by_layer(m),
-        lambda m, k: by_layer(k["full_circuit_through_W_E_and_W_U"], "full, layer"),
+        {layer: f"measured/{l}" for l, layer in enumerate(LAYERS)},
+        {f"full, {layer}": f"full_circuit_through_W_E_and_W_U/{l}" for l, layer in enumerate(LAYERS)},
     ),
     "l2_qk_pinv": Summary(
         "MSE / unchanged",
-        lambda m, k: factors(k, {"pseudo- inverse": "pseudoinverse"}),
-        lambda m, k: factors(k, {"uniform": "uniform_attention", "random": "random_qk_of_equal_norm", "mean ablation": "mean_ablation"}),
+        {"pseudo-inverse": "measured"},
+        {"uniform": "uniform_attention/mse", "random": "random_qk_of_equal_norm/mse", "mean ablation": "mean_ablation/mse"},
         paper=(1, 1),
+        relative_to="unchanged",
         log=True,
     ),
     "mlp_dla": Summary(
         "dot product",
-        lambda m, k: {"positions 11-13": k["mean_of_the_sum_at_positions_11_to_13"]},
-        lambda m, k: {"positions 2-10": k["mean_of_the_sum_at_positions_2_to_10"]},
+        {"positions 11-13": "mean_of_the_sum_at_positions_11_to_13"},
+        {"positions 2-10": "mean_of_the_sum_at_positions_2_to_10"},
     ),
     "alpha": Summary(
         "coefficient",
-        lambda m, k: {"alpha": m},
-        lambda m, k: {"free: a_n": k["after_layer_0"]["a_n"], "free: a_n-1": k["after_layer_0"]["a_n-1"]},
+        {"alpha": "measured"},
+        {"free: a_n": "after_layer_0/a_n", "free: a_n-1": "after_layer_0/a_n-1"},
         paper=(2.3, 2.3),
     ),
 }
@@ -1676,10 +1646,26 @@ SNAPSHOTS = {  # title of each measure of snapshots.csv
 }
 
 
+def find(result: dict, place: str) -> float:
+    """A number of a claim as results.json has it: "measured", or the keys and indices of a control, "all_heads/1"; a list as its mean."""
+    value = {"measured": result["measured"], **result["control"]}
+    for key in place.split("/"):
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    return float(np.mean(value))
+
+
+def summarise(name: str, result: dict) -> dict[str, dict[str, float]]:
+    """The numbers that `SUMMARIES` names for a claim, {"values": {label: number}, "controls": {label: number}}."""
+    summary = SUMMARIES[name]
+    unit = find(result, summary.relative_to) if summary.relative_to else 1.0
+    groups = {"values": summary.values, "controls": summary.controls}
+    return plain({kind: {label: find(result, place) / unit for label, place in places.items()} for kind, places in groups.items()})
+
+
 def spread(values: list[float]) -> dict:
     """The value of each seed, their mean, sample standard deviation (0 for a single one) and range."""
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return plain({"seeds": values, "mean": mean(values), "sd": sd, "lowest": min(values), "highest": max(values)})
+    return plain({"seeds": values, "mean": float(np.mean(values)), "sd": sd, "lowest": min(values), "highest": max(values)})
 
 
 def over_seeds(seeds: dict[str, dict]) -> dict[str, dict]:
@@ -1698,22 +1684,23 @@ def over_seeds(seeds: dict[str, dict]) -> dict[str, dict]:
     return claims
 
 
-def halfway(step: np.ndarray, values: np.ndarray) -> dict:
-    """When a measure has gone half of the way (on a logarithmic scale for the MSE, taken before) from its first value to
-    the mean of its last ten: {"start", "end", "halfway": the first step at which it has}."""
+def course(step: np.ndarray, values: np.ndarray) -> dict:
+    """How a measure got from its first value to the mean of its last ten: {"start", "end", "halfway": the first step at which
+    half of the way was done, "peak": the value farthest from the start, "peak_step"}."""
     start, end = float(values[0]), float(values[-10:].mean())
     gone = (values - start) * np.sign(end - start) >= abs(end - start) / 2
-    return plain({"start": start, "end": end, "halfway": int(step[np.argmax(gone)])})
+    peak = np.argmax(np.abs(values - start))
+    return plain({"start": start, "end": end, "halfway": int(step[np.argmax(gone)]), "peak": values[peak], "peak_step": int(step[peak])})
 
 
 def order_of_events(snapshots: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict]]:
-    """`halfway` of every measure, by layer where it has layers: {measure: {seed: ..}}."""
+    """`course` of every measure, by layer where it has layers, {measure: {seed: ..}}; of the MSE its logarithm."""
     events: dict[str, dict] = {}
     for seed, series in snapshots.items():
         for name in SNAPSHOTS:
             values = np.log10(series[name]) if name == "mse" else series[name]
             for suffix, column in [("", values)] if values.ndim == 1 else [(f" layer {l}", v) for l, v in enumerate(values.T)]:
-                events.setdefault(("log10 " if name == "mse" else "") + name + suffix, {})[seed] = halfway(series["step"], column)
+                events.setdefault(("log10 " if name == "mse" else "") + name + suffix, {})[seed] = course(series["step"], column)
     return events
 
 
@@ -1764,7 +1751,7 @@ def figure_snapshots(snapshots: dict[str, dict[str, np.ndarray]]):
             axes.set_yscale("log")
         elif "token" not in name and name != "l0_orthogonal":
             axes.axhline(0, color="0.8", zorder=0)
-        axes.set_xscale("symlog", linthresh=max(1.0, series["step"][1:2].sum()))
+        axes.set_xscale("symlog", linthresh=max(1.0, series["step"][-1] / 400))  # logarithmic, but with a place for 0
     for axes in panels[-1]:
         axes.set_xlabel("step")
     layers = next(iter(snapshots.values()))["prev_token"].shape[1]
@@ -1888,7 +1875,7 @@ def seeds_markdown(results: dict) -> str:
         controls = "<br>".join(f"{label}: {short(group['mean'])}" for label, group in claim["controls"].items())
         counts = " | ".join(str(count) for count in claim["verdicts"].values())
         lines.append(
-            f"| `{name}` {claim['claim']} | {short(claim['paper'])} | {claim['quantity']} | {each} | {average} | {controls} | {counts} |"
+            f"| [`{name}`](results.md#{name}) {claim['claim']} | {short(claim['paper'])} | {claim['quantity']} | {each} | {average} | {controls} | {counts} |"
         )
     lines += ["", "## Verdict of each seed", "", f"| claim | {' | '.join(seeds)} |", "| --- |" + " --- |" * len(seeds)]
     lines += [f"| `{name}` | {' | '.join(results['seeds'][seed][name]['verdict'] for seed in seeds)} |" for name in claims]
@@ -1898,14 +1885,16 @@ def seeds_markdown(results: dict) -> str:
             "",
             "## When",
             "",
-            "Means over the heads of a layer: the value before training, the mean of the last ten snapshots, and the first snapshot at which half of the way between them was done.",
+            "Means over the heads of a layer: the value before training, the one farthest from it and when, the mean of the last ten",
+            "snapshots, and the first snapshot at which half of the way from the first to the last was done.",
             "",
-            f"| measure | {' | '.join(f'{seed}: from, to, halfway at step' for seed in followed)} |",
-            "| --- |" + " --- |" * len(followed),
+            f"| measure | {' | '.join(f'{seed}: start, peak (step), end' for seed in followed)} | halfway at step |",
+            "| --- |" + " --- |" * len(followed) + " --- |",
         ]
-        for name, events in sorted(results["when"].items(), key=lambda item: mean([e["halfway"] for e in item[1].values()])):
-            cells = [f"{short(e['start'])}, {short(e['end'])}, {e['halfway']:,}" for e in events.values()]
-            lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+        for name, events in sorted(results["when"].items(), key=lambda item: np.mean([e["halfway"] for e in item[1].values()])):
+            cells = [f"{short(e['start'])}, {short(e['peak'])} ({e['peak_step']:,}), {short(e['end'])}" for e in events.values()]
+            steps = ", ".join(f"{e['halfway']:,}" for e in events.values())
+            lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} | {steps} |")
     return "\n".join(lines) + "\n"
 
 
@@ -2032,8 +2021,8 @@ def run_seeds(folder: str, seed: int, out: str):
             continue
         claims = measure(study, CLAIMS, progress, f"{name} ")
         for claim, found in claims.items():
-            summary, control = SUMMARIES[claim], found.pop("control")
-            found["values"], found["controls"] = (plain(view(found["measured"], control)) for view in (summary.values, summary.controls))
+            found |= summarise(claim, found)
+            del found["control"]
         kept[name] = {"meta": description(study), "claims": claims}
         write_text(out, "seeds.partial.json", json.dumps(kept))
     progress.finish()

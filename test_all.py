@@ -839,12 +839,15 @@ class Measures(TestCase):
         c, *d = torch.linalg.lstsq(equations, x[0, 1:].flatten()[:, None]).solution[:, 0]
         self.assertClose(analyze.solve_recurrence(x)[0, 0], c * x[0, 2] + torch.stack(d), 1e-9)
 
-    def test_halfway_is_the_first_step_beyond_the_middle(self):
+    def test_the_course_of_a_measure_has_its_middle_and_its_peak(self):
         steps = torch.arange(0, 400, 10).numpy()
         for start, end in ((0.0, 1.0), (2.0, -1.0)):
             values = torch.full((40,), end, dtype=torch.double)
             values[:3] = torch.tensor([start, start + 0.4 * (end - start), start + 0.6 * (end - start)])
-            self.assertEqual(analyze.halfway(steps, values.numpy()), {"start": start, "end": end, "halfway": 20})
+            expected = {"start": start, "end": end, "halfway": 20, "peak": end, "peak_step": 30}
+            self.assertEqual(analyze.course(steps, values.numpy()), expected)
+        values[5] = 9.0
+        self.assertEqual(analyze.course(steps, values.numpy())["peak_step"], 50)
 
     def test_bootstrap_interval_of_a_mean(self):
         values = torch.randn(400, generator=seeded())
@@ -994,6 +997,17 @@ class Analysis(TestCase):
         alone = analyze.CLAIMS["eigenvalue_score"].measure(analyze.Study(os.path.join(folder, "seed_0007"), seed=0))
         self.assertEqual(results["seeds"]["seed_0007"]["eigenvalue_score"]["measured"], analyze.plain(alone.measured))
 
+    def test_summaries_are_means_over_heads_and_factors_over_the_unchanged_error(self):
+        claims = json.loads(read(os.path.join(HERE, "figures", "results.json")))["claims"]
+        self.assertEqual(list(analyze.SUMMARIES), list(claims))
+        summaries = {name: analyze.summarise(name, claim) for name, claim in claims.items()}
+        by_layer = claims["dla_sign"]["control"]["paper_next_by_layer"]
+        self.assertClose(torch.tensor(list(summaries["dla_sign"]["values"].values())), torch.tensor(by_layer), 1e-5)
+        ablation = claims["l1_mean_ablation"]
+        factor = ablation["measured"] / ablation["control"]["unchanged"]
+        self.assertAlmostEqual(summaries["l1_mean_ablation"]["values"]["layer 1"], factor, delta=1e-4 * factor)
+        self.assertEqual(summaries["alpha"]["controls"]["free: a_n"], claims["alpha"]["control"]["after_layer_0"]["a_n"])
+
     def test_folders_without_comparable_seeds_are_refused_and_nothing_is_written(self):
         folder, out = self.seeds_folder(0, 1), os.path.join(self.folder(), "figures")
         refused = lambda status, says, *arguments: self.assertRefused(status, says, analyze.main, *arguments, "--out", out)
@@ -1030,7 +1044,8 @@ class Analysis(TestCase):
         rows = [row for row in read(os.path.join(HERE, "figures", "results.md")).decode().splitlines() if row.startswith("| [`")]
         self.assertEqual(len(rows), len(analyze.CLAIMS))
         for row in rows:
-            self.assertIn(row.replace("(#", "(figures/results.md#").replace("(fig", "(figures/fig"), readme)
+            row = row.replace("(fig", "(figures/fig").replace("(#", "(figures/results.md#")
+            self.assertTrue(row in readme, row)
 
     def test_figures_name_their_axes(self):
         study = analyze.Study(os.path.join(HERE, "weights"), seed=0)
