@@ -446,20 +446,13 @@ def read_log(path: str) -> np.ndarray:
 
 
 def read_snapshots(path: str) -> dict[str, np.ndarray]:
-    """snapshots.csv of a run: {name: [rows]}, the measures by head as means over the heads of each layer, {name: [rows, n_layers]}."""
+    """snapshots.csv of a run: {name: [rows]}, and {name: [rows, n_layers, n_heads]} of what is measured by head."""
     rows = read_table(path, ("step", "mse"), "table of snapshots")
-    series: dict[str, list] = {}
+    layers: dict[str, dict[str, list]] = {}  # {name: {layer: columns of its heads}}
     for column in rows.dtype.names:
-        if by_head := re.fullmatch(r"(\w+)_l(\d+)h\d+", column):
-            layers = series.setdefault(by_head[1], [])
-            layers += [[] for _ in range(int(by_head[2]) + 1 - len(layers))]
-            layers[int(by_head[2])].append(rows[column])
-        else:
-            series[column] = rows[column]
-    return {
-        name: value if isinstance(value, np.ndarray) else np.stack([np.mean(heads, 0) for heads in value], 1)
-        for name, value in series.items()
-    }
+        name, layer = re.fullmatch(r"(\w+?)(?:_l(\d+)h\d+)?", column).groups()
+        layers.setdefault(name, {}).setdefault(layer, []).append(rows[column])
+    return {name: heads[None][0] if None in heads else np.array(list(heads.values())).transpose(2, 0, 1) for name, heads in layers.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1694,13 +1687,18 @@ def course(step: np.ndarray, values: np.ndarray) -> dict:
 
 
 def order_of_events(snapshots: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict]]:
-    """`course` of every measure, by layer where it has layers, {measure: {seed: ..}}; of the MSE its logarithm."""
+    """`course` of what the snapshots hold, {what: {seed: ..}}: measures by head as the mean of each layer, attention also as
+    the number of heads that give more than half of theirs, the MSE as its logarithm."""
     events: dict[str, dict] = {}
     for seed, series in snapshots.items():
-        for name in SNAPSHOTS:
-            values = np.log10(series[name]) if name == "mse" else series[name]
-            for suffix, column in [("", values)] if values.ndim == 1 else [(f" layer {l}", v) for l, v in enumerate(values.T)]:
-                events.setdefault(("log10 " if name == "mse" else "") + name + suffix, {})[seed] = course(series["step"], column)
+        followed = {"log10 of the MSE": np.log10(series["mse"]), "l0_orthogonal": series["l0_orthogonal"]}
+        for name, values in series.items():
+            for l, heads in enumerate(values.transpose(1, 0, 2) if values.ndim == 3 else []):  # [rows, n_heads]
+                followed[f"{name} layer {l}"] = heads.mean(1)
+                if name in ("prev_token", "second_token"):
+                    followed[f"{name} layer {l}: heads above one half"] = (heads > 0.5).sum(1)
+        for name, values in followed.items():
+            events.setdefault(name, {})[seed] = course(series["step"], values)
     return events
 
 
@@ -1742,10 +1740,10 @@ def figure_snapshots(snapshots: dict[str, dict[str, np.ndarray]]):
     figure, panels = grid(3, 3, 11, 8.5, "When it forms: means over the heads of a layer, a line for each seed", sharex=True)
     for axes, (name, title) in zip(panels.flat, SNAPSHOTS.items()):
         for series in snapshots.values():
-            values = series[name]
-            for layer, column in enumerate(values.T if values.ndim == 2 else [values]):
-                color = (TRUTH, OTHER, LENS)[layer % 3] if values.ndim == 2 else "black"
-                axes.plot(series["step"], column, color=color, lw=1, alpha=0.8)
+            values = series[name].mean(2).T if series[name].ndim == 3 else [series[name]]
+            for layer, line in enumerate(values):
+                color = "black" if series[name].ndim == 1 else (TRUTH, OTHER, LENS)[layer % 3]
+                axes.plot(series["step"], line, color=color, lw=1, alpha=0.8)
         axes.set_title(title)
         if name == "mse":
             axes.set_yscale("log")
@@ -1892,6 +1890,8 @@ def seeds_markdown(results: dict) -> str:
             "| --- |" + " --- |" * len(followed) + " --- |",
         ]
         for name, events in sorted(results["when"].items(), key=lambda item: np.mean([e["halfway"] for e in item[1].values()])):
+            if all(e["peak"] == e["start"] for e in events.values()):
+                continue  # nothing happened
             cells = [f"{short(e['start'])}, {short(e['peak'])} ({e['peak_step']:,}), {short(e['end'])}" for e in events.values()]
             steps = ", ".join(f"{e['halfway']:,}" for e in events.values())
             lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} | {steps} |")

@@ -6,7 +6,8 @@
     python train.py --seeds 0-15 --out runs/seeds     # sixteen runs, into runs/seeds/seed_0000 and so on
     torchrun --nproc_per_node=4 train.py --seeds 0-63 --out runs/seeds    # the same, divided over four GPUs
     python train.py --benchmark                       # where the time of a step goes
-    python analyze.py --all --run runs/paper --out runs/paper/figures     # then look at it
+    python analyze.py --all --run runs/paper --out runs/paper/figures     # then look at it, or at all seeds:
+    python analyze.py --seeds runs/seeds --out runs/seeds/figures
 
 The out folder gets log.csv (step, loss: mean since the row before, eval_mse: on the fixed held-out set, seconds),
 snapshots.csv (what `analyze.snapshot` measures, every --snapshot-every steps from step 0 on, a column for each head, such
@@ -695,7 +696,8 @@ def main():
     if not finished:
         print(f"stopped and saved; go on with: {options.command()}{' --seeds ' + ','.join(map(str, seeds)) if seeds else ''} --resume")
         sys.exit(130)
-    print(f"now: python analyze.py --all --run {shlex.quote(runs[0].out)} --out {shlex.quote(os.path.join(runs[0].out, 'figures'))}")
+    what = "--seeds" if seeds else "--all --run"
+    print(f"now: python analyze.py {what} {shlex.quote(options.out)} --out {shlex.quote(os.path.join(options.out, 'figures'))}")
 
 
 if __name__ == "__main__":
