@@ -182,12 +182,16 @@ def snapshot(transformer: Transformer, sample: data.Sample) -> dict[str, Tensor]
     prev_token, second_token (attention, `previous_token_score` and `second_token_score`), eigenvalue_score, ov_identity,
     qk_identity, and dla_paper and dla_standard, the mean direct logit attribution to the next vector over the predictable
     positions in its two readings. The model is folded first, so that these are what `--all` measures.
+    Raises FloatingPointError for a model whose output is not finite.
     """
     model = fold(transformer).requires_grad_(False)
     layers, inputs, targets = range(model.config.n_layers), sample.a[:, :-1], sample.a[:, 1:]
     kept: dict[str, Tensor] = {}
     names = [f"blocks.{l}.attn.{name}" for l in layers for name in ("hook_pattern", "hook_result")]
     output = model(inputs, hooks=interventions.record([*names, "blocks.0.hook_resid_pre", "ln_final.hook_scale"], kept))
+    mse = data.mse(output, targets)
+    if not mse.isfinite():
+        raise FloatingPointError(f"the MSE on sequences of {inputs.shape[1]} inputs is {mse.item()}")
 
     def each_layer(measure: Callable[[int], Tensor]) -> Tensor:
         return torch.stack([measure(l) for l in layers])
@@ -198,7 +202,7 @@ def snapshot(transformer: Transformer, sample: data.Sample) -> dict[str, Tensor]
         )
 
     return {
-        "mse": data.mse(output, targets),
+        "mse": mse,
         "l0_orthogonal": outside_share(kept["blocks.0.hook_resid_pre"] @ ov_circuit(model, 0).sum(0), model.embed.W_E).mean(),
         "prev_token": each_layer(lambda l: previous_token_score(kept[f"blocks.{l}.attn.hook_pattern"])),
         "second_token": each_layer(lambda l: second_token_score(kept[f"blocks.{l}.attn.hook_pattern"])),

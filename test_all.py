@@ -592,6 +592,9 @@ class Training(TestCase):
         before = read(os.path.join(options.out, "checkpoint.pt"))
         with self.assertRaisesRegex(FloatingPointError, r"the loss at step \d+ is (nan|inf)"):
             self.quietly(run)
+        every_step = train.Run(dataclasses.replace(options, snapshot_every=1), SMALL_TASK)
+        with self.assertRaisesRegex(FloatingPointError, r"after step 1 the MSE on sequences of 14 inputs is (nan|inf) \(seed 0\)"):
+            self.quietly(every_step)
         self.assertEqual(read(os.path.join(options.out, "checkpoint.pt")), before)
 
     def test_folders_that_cannot_be_used_are_refused_and_left_as_they_are(self):

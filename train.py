@@ -132,7 +132,7 @@ class Options:
     tf32: bool = option(False, bool, "let CUDA round the factors of float32 products to TF32")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", device, "cpu, cuda or cuda:N")
     threads: int = option(torch.get_num_threads(), whole_number(1), "CPU threads")
-    out: str = option(os.path.join("runs", "paper"), str, "folder for log.csv, weights.pt and checkpoint.pt")
+    out: str = option(os.path.join("runs", "paper"), str, "folder of the run")
 
     # A run that is resumed must agree in these, or it would be neither the one run nor the other.
     HYPERPARAMETERS = ("batch_size", "lr", "weight_decay", "seed", "eval_every", "snapshot_every", "dtype", "tf32")
@@ -288,7 +288,7 @@ class Run(Trainer):
         rows = [f"{step},{loss:.8g},{eval_mse:.8g},{seconds:.1f}" for step, loss, eval_mse, seconds in self.log]
         self.save_table("log.csv", [",".join(COLUMNS), *rows])
         if self.snapshots:
-            rows = [",".join(f"{value:.6g}" for value in row.values()) for row in self.snapshots]
+            rows = [",".join(f"{value:.8g}" for value in row.values()) for row in self.snapshots]
             self.save_table("snapshots.csv", [",".join(self.snapshots[0]), *rows])
 
     def save_table(self, name: str, lines: list[str]):
@@ -297,16 +297,23 @@ class Run(Trainer):
 
     @torch.no_grad()
     def take_snapshot(self, sequences: data.Sample):
-        """Add a row of what the model does to `sequences` to the snapshots."""
+        """Add a row of what the model does to `sequences` to the snapshots. FloatingPointError if its output is not finite."""
         from analyze import snapshot  # not at the top: analyze.py imports the command line of this file
 
+        try:
+            measures = snapshot(self.model, sequences)
+        except FloatingPointError as error:
+            raise self.diverged(f"after step {self.step:,} {error}") from error
         row = {"step": self.step}
-        for name, value in snapshot(self.model, sequences).items():
+        for name, value in measures.items():
             if value.dim():
                 row |= {f"{name}_l{l}h{h}": v for l, heads in enumerate(value.tolist()) for h, v in enumerate(heads)}
             else:
                 row[name] = value.item()
         self.snapshots.append(row)
+
+    def diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(f"{what} (seed {self.options.seed}): the last good checkpoint is kept; try a smaller --lr")
 
 
 class Stack(Trainer):
@@ -481,7 +488,7 @@ def train(runs: list[Run]) -> bool:
 
     def check(run: Run, value: float, what: str):
         if not math.isfinite(value):
-            raise FloatingPointError(f"{what} is {value} (seed {run.options.seed}): the last good checkpoint is kept; try a smaller --lr")
+            raise run.diverged(f"{what} is {value}")
 
     with StopRequest() as stop, Progress(runs) as progress:
         while step < options.steps and not stop.requested:
