@@ -1990,7 +1990,8 @@ def open_seeds(folder: str, seed: int) -> tuple[dict[str, str], dict[str, dict[s
     for name, step in steps.items():
         if step < max(steps.values()):
             raise ValueError(
-                f"{runs[name]} is at step {step:,}, another seed at {max(steps.values()):,}: go on with train.py --seeds .. --resume, or move it elsewhere"
+                f"{runs[name]} is at step {step:,}, another seed at {max(steps.values()):,}: "
+                "go on with train.py --seeds .. --resume, or move it elsewhere"
             )
     tables = {name: os.path.join(path, "snapshots.csv") for name, path in runs.items()}
     return runs, {name: read_snapshots(path) for name, path in tables.items() if os.path.exists(path)}
@@ -2014,8 +2015,8 @@ def run_seeds(folder: str, seed: int, out: str):
 
     try:
         with open(partial) as f:
-            kept = json.load(f)
-    except (OSError, ValueError):
+            kept = dict(json.load(f))
+    except (OSError, ValueError, TypeError):  # there is none, or none that this program wrote
         kept = {}
     progress = Progress(len(runs) * len(CLAIMS))
     for name, path in runs.items():
@@ -2031,11 +2032,10 @@ def run_seeds(folder: str, seed: int, out: str):
         write_text(out, "seeds.partial.json", json.dumps(kept))
     progress.finish()
 
-    described = {name: dict(kept[name]["meta"]) for name in runs}
-    sha256 = {name: own.pop("sha256") for name, own in described.items()}
     seeds = {name: kept[name]["claims"] for name in runs}
+    common = {key: value for key, value in meta(study).items() if key != "weights"}
     results = {
-        "meta": described[next(iter(runs))] | {"sha256": sha256},
+        "meta": common | {"sha256": {name: kept[name]["meta"]["sha256"] for name in runs}},
         "claims": over_seeds(seeds),
         "when": order_of_events(snapshots),
         "seeds": seeds,
@@ -2048,13 +2048,11 @@ def run_seeds(folder: str, seed: int, out: str):
     os.remove(partial)
     for name, claim in results["claims"].items():
         print(f"{name:22}" + "  ".join(f"{count} {verdict}" for verdict, count in claim["verdicts"].items() if count))
-    without = len(runs) - len(snapshots)
-    print(
-        f"{len(runs)} seeds: seeds.json, seeds.md, seeds.png{', snapshots.png' if snapshots else ''} in {out}, {time.perf_counter() - progress.start:.0f} s"
-    )
-    if without:
+    files = ["seeds.json", "seeds.md", "seeds.png", *(["snapshots.png"] if snapshots else [])]
+    print(f"{len(runs)} seeds: {', '.join(files)} in {out}, {time.perf_counter() - progress.start:.0f} s")
+    if without := [name for name in runs if name not in snapshots]:
         print(
-            f"{without} of the seeds have no snapshots.csv (--snapshot-every 0, or an older train.py) and are not in {'snapshots.png' if snapshots else 'any figure of snapshots'}"
+            f"no snapshots.csv in {', '.join(without)}: nothing is shown of how these formed (train.py --snapshot-every 0, or an older one)"
         )
 
 
