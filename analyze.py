@@ -322,6 +322,12 @@ class Study:
         return self.predictor_errors(self.test.a[:, :-1], self.test.a[:, 1:])
 
     @functools.cached_property
+    def errors_by_c(self) -> dict[str, Tensor]:
+        """Mean of `test_errors` over the sequences in each range of c, of width C_BIN from -2 to 2: {name: [ranges]}."""
+        bins = ((self.test.c + 2) / C_BIN).long()
+        return {name: torch.stack([e[bins == b].mean() for b in range(round(4 / C_BIN))]) for name, e in self.test_errors.items()}
+
+    @functools.cached_property
     def out_of_distribution(self) -> dict[str, dict[float, dict[str, Tensor]]]:
         """`predictor_errors` where training never went: {what is varied: {its value: errors}}. All of 14 inputs but for "length"."""
         g = self.generator("out of distribution")
@@ -515,6 +521,8 @@ def claim_mse(study: Study) -> Finding:
             "length_14_interval": bootstrap(squared_errors(prediction, target), study.generator("mse 14")),
             "length_14_by_position_0_to_13": ((prediction - target) ** 2).mean((0, 2)),
             **{name: value for name, value in means.items() if name != "model"},
+            "test_sequences_by_c_from_-2_to_2": study.errors_by_c["model"],
+            "predict_last_vector_by_c": study.errors_by_c["predict_last_vector"],
             **outside_training(study),
             "training_log_last_20_evaluations": {"lowest": last.min(), "highest": last.max()},
         },
@@ -1384,10 +1392,10 @@ PREDICTORS = {  # label and line of each of `Study.predictors`
 }
 
 
-def draw_errors(axes, x, errors: dict[str, list[Tensor]], **options):
+def draw_errors(axes, x, errors: dict[str, Tensor], **options):
     """A line for each predictor, on a logarithmic axis."""
     for name, (label, line) in PREDICTORS.items():
-        axes.semilogy(x, torch.stack(list(errors[name])), label=label, **line, **options)
+        axes.semilogy(x, errors[name], label=label, **line, **options)
 
 
 def figure_errors_by_position(study: Study):
@@ -1401,10 +1409,7 @@ def figure_errors_by_position(study: Study):
 
 def figure_errors_by_c(study: Study):
     figure, axes = grid(1, 1, 9, 4, f"Error against what is possible, by c ({POPULATION:,} sequences)")
-    edges = np.arange(-2, 2 + C_BIN, C_BIN)
-    bins = [(study.test.c >= low) & (study.test.c < low + C_BIN) for low in edges[:-1]]
-    errors = {name: [e[inside].mean() for inside in bins] for name, e in study.test_errors.items()}
-    draw_errors(axes, edges[:-1] + C_BIN / 2, errors, marker=".")
+    draw_errors(axes, np.arange(-2, 2, C_BIN) + C_BIN / 2, study.errors_by_c, marker=".")
     axes.set(xlabel=f"c, in ranges of {C_BIN}", ylabel="mean squared error")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -1421,7 +1426,8 @@ def figure_out_of_distribution(study: Study):
     for axes, (what, (xlabel, trained)) in zip(panels.flat, shown.items()):
         settings = study.out_of_distribution[what]
         relative = {
-            name: [errors[name].mean() / errors["predict_zero"].mean() for errors in settings.values()] for name in study.predictors
+            name: torch.stack([errors[name].mean() / errors["predict_zero"].mean() for errors in settings.values()])
+            for name in study.predictors
         }
         draw_errors(axes, list(settings), relative)
         if what in ("scale", "noise"):
@@ -1862,7 +1868,8 @@ def seeds_markdown(results: dict) -> str:
     lines = [
         f"# The claims over {len(seeds)} seeds",
         "",
-        "Written by `python analyze.py --seeds DIR`; more digits and the measurements by head are in `seeds.json`. Rules and figures of single claims: `results.md`.",
+        "Written by `python analyze.py --seeds DIR`; more digits and the measurements by head are in `seeds.json`, the rules for the",
+        "verdicts in `results.md`. A mean over heads, as this table has it, is not what a rule about single heads reads.",
         "",
     ]
     lines += [f"{key}: {short(value)}  " for key, value in results["meta"].items()]
@@ -1875,10 +1882,8 @@ def seeds_markdown(results: dict) -> str:
         each = lines_of(claim["values"], lambda group: " ".join(short(value) for value in group["seeds"]))
         average = lines_of(claim["values"], lambda group: f"{short(group['mean'])} ({short(group['sd'])})")
         controls = "<br>".join(f"{label}: {short(group['mean'])}" for label, group in claim["controls"].items())
-        counts = " | ".join(str(count) for count in claim["verdicts"].values())
-        lines.append(
-            f"| [`{name}`](results.md#{name}) {claim['claim']} | {short(claim['paper'])} | {claim['quantity']} | {each} | {average} | {controls} | {counts} |"
-        )
+        cells = [f"[`{name}`](results.md#{name}) {claim['claim']}", short(claim["paper"]), claim["quantity"], each, average, controls]
+        lines.append(f"| {' | '.join([*cells, *map(str, claim['verdicts'].values())])} |")
     lines += ["", "## Verdict of each seed", "", f"| claim | {' | '.join(seeds)} |", "| --- |" + " --- |" * len(seeds)]
     lines += [f"| `{name}` | {' | '.join(results['seeds'][seed][name]['verdict'] for seed in seeds)} |" for name in claims]
     if results["when"]:
