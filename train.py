@@ -608,6 +608,16 @@ def benchmark(options: Options, steps: int, config: Config = Config()) -> str:
             share = f"{median / step:8.0%}" if name in names else ""
             rows.append(f"{name:14}{median:9.3f}{low:9.3f}{high:9.3f}{share}")
     best = quantiles["captured step"][0] if cuda else step
+    if options.snapshot_every:
+        sequences, times = data.held_out(HELD_OUT_PER_LENGTH, device=options.device)[-1], []
+        for _ in range(4):
+            start = clock()
+            run.take_snapshot(sequences)
+            times.append(clock() - start)
+        each = sorted(times[1:])[1]  # the first loads what it needs
+        rows.append(
+            f"a snapshot takes {each:.0f} ms; one every {options.snapshot_every} steps adds {each / options.snapshot_every / best:.1%} to the time"
+        )
     rows.append(f"{1e3 / best:.1f} steps per second; floor {floor:.3f} ms (products + memory), ratio {best / floor:.2f}")
     return "\n".join(rows)
 
