@@ -1689,11 +1689,19 @@ def over_seeds(seeds: dict[str, dict]) -> dict[str, dict]:
 
 def course(step: np.ndarray, values: np.ndarray) -> dict:
     """How a measure got from its first value to the mean of its last ten: {"start", "end", "halfway": the first step at which
-    half of the way was done, "peak": the value farthest from the start, "peak_step"}."""
+    half of the way was done, None if it led nowhere, "peak": the value farthest from the start, "peak_step"}."""
     start, end = float(values[0]), float(values[-10:].mean())
     gone = (values - start) * np.sign(end - start) >= abs(end - start) / 2
     peak = np.argmax(np.abs(values - start))
-    return plain({"start": start, "end": end, "halfway": int(step[np.argmax(gone)]), "peak": values[peak], "peak_step": int(step[peak])})
+    return plain(
+        {
+            "start": start,
+            "end": end,
+            "halfway": int(step[np.argmax(gone)]) if end != start else None,
+            "peak": values[peak],
+            "peak_step": int(step[peak]),
+        }
+    )
 
 
 def order_of_events(snapshots: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict]]:
@@ -1898,11 +1906,11 @@ def seeds_markdown(results: dict) -> str:
             f"| measure | {' | '.join(f'{seed}: start, peak (step), end' for seed in followed)} | halfway at step |",
             "| --- |" + " --- |" * len(followed) + " --- |",
         ]
-        for name, events in sorted(results["when"].items(), key=lambda item: np.mean([e["halfway"] for e in item[1].values()])):
+        for name, events in sorted(results["when"].items(), key=lambda item: np.mean([e["halfway"] or 0 for e in item[1].values()])):
             if all(e["peak"] == e["start"] for e in events.values()):
                 continue  # nothing happened
             cells = [f"{short(e['start'])}, {short(e['peak'])} ({e['peak_step']:,}), {short(e['end'])}" for e in events.values()]
-            steps = ", ".join(f"{e['halfway']:,}" for e in events.values())
+            steps = ", ".join("-" if e["halfway"] is None else f"{e['halfway']:,}" for e in events.values())
             lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} | {steps} |")
     return "\n".join(lines) + "\n"
 

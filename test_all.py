@@ -849,6 +849,7 @@ class Measures(TestCase):
             values[:3] = torch.tensor([start, start + 0.4 * (end - start), start + 0.6 * (end - start)])
             expected = {"start": start, "end": end, "halfway": 20, "peak": end, "peak_step": 30}
             self.assertEqual(analyze.course(steps, values.numpy()), expected)
+        self.assertIsNone(analyze.course(steps, 0 * values.numpy())["halfway"])
         values[5] = 9.0
         self.assertEqual(analyze.course(steps, values.numpy())["peak_step"], 50)
 
