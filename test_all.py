@@ -446,6 +446,7 @@ class Training(TestCase):
             loaded = model.load_weights(os.path.join(run.options.out, "weights.pt"), SMALL_TASK)
             self.assertTrue(all(torch.equal(p, q) for p, q in zip(loaded.parameters(), run.parameters)))
             self.assertEqual([row["step"] for row in run.snapshots], [0, 2, 4, 6])
+            self.assertEqual(len({row["mse"] for row in run.snapshots}), 4)
             self.assertClose(run.snapshots[-1]["mse"], data.evaluate(loaded, data.held_out(2)[-1:]), 1e-6)
             single = train.open_run(dataclasses.replace(run.options, steps=7), resume=True, config=SMALL_TASK)
             self.assertTrue(self.quietly(single))
@@ -944,6 +945,27 @@ class Analysis(TestCase):
         errors = {name: e.mean() for name, e in study.predictor_errors(study.population.a[:, :-1], study.population.a[:, 1:]).items()}
         self.assertLess(errors["best_linear_of_3"], errors["best_linear_of_2"])
         self.assertLess(errors["best_linear_of_2"], min(errors["predict_zero"], errors["predict_last_vector"]))
+
+    def test_errors_by_c_are_those_of_the_sequences_with_such_a_c(self):
+        study = analyze.Study(os.path.join(HERE, "weights"), seed=0)
+        near_0 = (study.test.c >= 0) & (study.test.c < 0.25)
+        self.assertClose(study.errors_by_c["model"][8], study.test_errors["model"][near_0].mean(), 1e-9)
+
+    def test_sequences_out_of_distribution_differ_as_they_say(self):
+        studied = analyze.Study(os.path.join(HERE, "weights"), seed=0).out_of_distribution
+        mse = {what: {value: {name: e.mean() for name, e in errors.items()} for value, errors in studied[what].items()} for what in studied}
+        for length, errors in studied["length"].items():
+            self.assertEqual(errors["model"].shape[1], length - 2)
+        for name in ("predict_zero", "predict_last_vector", "best_linear_of_2", "exact_solver"):  # these are linear in the vectors
+            for factor, errors in mse["scale"].items():
+                self.assertAlmostEqual(errors[name] / mse["scale"][1.0][name] / factor**2, 1, delta=0.2)
+        for sigma, errors in mse["noise"].items():  # the noise of the last vector adds to the error of repeating it
+            added = errors["predict_last_vector"] - mse["scale"][1.0]["predict_last_vector"]
+            self.assertAlmostEqual(
+                added / mse["scale"][1.0]["predict_last_vector"], sigma**2 / mse["scale"][1.0]["predict_last_vector"], delta=0.05
+            )
+        self.assertTrue(all(errors["exact_solver"] < 1e-10 for what in ("length", "c") for errors in mse[what].values()))
+        self.assertGreater(mse["c"][2.875]["best_linear_of_2"], 3 * mse["c"][0.125]["best_linear_of_2"])
 
     def test_snapshots_are_what_the_claims_measure(self):
         study = analyze.Study(os.path.join(HERE, "weights"), seed=0)
