@@ -1174,7 +1174,7 @@ def scatter_fit(axes, x: Tensor, y: Tensor, color: str = TRUTH):
     ends = torch.stack([x.min(), x.max()])
     axes.scatter(x, y, s=9, color=color, alpha=0.7, lw=0)
     axes.plot(ends, intercept + slope * ends, color="black", lw=1, label=f"slope {slope:.2f}, intercept {intercept:.3f}, $R^2$ {r2:.2f}")
-    axes.set_ylim(y.min() * 1.1, y.max() * 1.5)  # room for the legend
+    axes.set_ylim(y.min().item() * 1.1, y.max().item() * 1.5)  # room for the legend
     axes.legend(loc="upper left", handlelength=1, borderpad=0)
 
 
@@ -1211,7 +1211,7 @@ def figure_ov_resid(study: Study):
     panels[1, 1].legend(loc="upper left")
     panels[1, 1].margins(y=0.2)
     heads = fits["each_head"]
-    panels[1, 2].bar(range(len(ov)), heads[2].mean((1, 2)), color=TRUTH)
+    panels[1, 2].bar(range(len(ov)), heads[2].mean((1, 2)).numpy(), color=TRUTH)
     panels[1, 2].set(title="each head alone, raw vectors: mean $R^2$", xlabel="head", ylabel="$R^2$", ylim=(0, 1))
     integer_ticks(panels[1, 2], len(ov))
     return figure
