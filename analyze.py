@@ -1739,7 +1739,8 @@ def figure_seeds(results: dict):
             low, high = summary.paper
             axes.axhspan(low, high, color=OTHER, alpha=0.3, lw=0) if low < high else axes.axhline(low, color=OTHER, ls="--", lw=1)
         axes.set_yscale("log" if summary.log else "linear")
-        axes.set_xticks(range(len(groups)), [textwrap.fill(label, 9 if len(groups) <= 4 else 6) for label, _, _ in groups], fontsize=7)
+        labels = [textwrap.fill(label, 9 if len(groups) < 4 else 6, break_long_words=False) for label, _, _ in groups]
+        axes.set_xticks(range(len(groups)), labels, fontsize=7)
         axes.set(xlim=(-0.6, len(groups) - 0.4), ylabel=summary.quantity)
         axes.set_title(f"{name}: {claim['verdicts']['reproduced']} of {len(verdicts)}\npaper: {short(claim['paper'])}", fontsize=8)
     legend, *unused = panels.flat[len(CLAIMS) :]

@@ -1053,6 +1053,24 @@ class Analysis(TestCase):
         refused(1, "no weights file", "--seeds", folder)
         self.assertFalse(os.path.exists(out))
 
+    def test_committed_seeds_belong_to_the_tables_and_the_readme_shows_them(self):
+        results = json.loads(read(os.path.join(HERE, "figures", "seeds.json")))
+        shipped = hashlib.sha256(read(os.path.join(HERE, "weights", "weights.pt"))).hexdigest()
+        self.assertEqual(results["meta"]["sha256"]["seed_0000"], shipped)
+        self.assertEqual(list(results["claims"]), list(analyze.CLAIMS))
+        self.assertGreaterEqual(len(results["seeds"]), 5)
+        self.assertEqual(results["claims"], analyze.over_seeds(results["seeds"]))
+        single = json.loads(read(os.path.join(HERE, "figures", "results.json")))["claims"]
+        for name, found in results["seeds"]["seed_0000"].items():
+            self.assertEqual((found["measured"], found["verdict"]), (single[name]["measured"], single[name]["verdict"]), name)
+        text, readme = (read(os.path.join(HERE, path)).decode() for path in (os.path.join("figures", "seeds.md"), "README.md"))
+        self.assertEqual(text, analyze.seeds_markdown(results))
+        rows = [row for row in text.splitlines() if row.startswith("| [`")]
+        self.assertEqual(len(rows), len(analyze.CLAIMS))
+        for row in rows:
+            row = row.replace("(results.md#", "(figures/results.md#")
+            self.assertTrue(row in readme, row)
+
     def test_committed_results_belong_to_the_shipped_weights_and_the_tables(self):
         results = json.loads(read(os.path.join(HERE, "figures", "results.json")))
         self.assertEqual(results["meta"]["sha256"], hashlib.sha256(read(os.path.join(HERE, "weights", "weights.pt"))).hexdigest())
