@@ -456,12 +456,17 @@ def read_log(path: str) -> np.ndarray:
 
 
 def read_snapshots(path: str) -> dict[str, np.ndarray]:
-    """snapshots.csv of a run: {name: [rows]}, and {name: [rows, n_layers, n_heads]} of what is measured by head."""
+    """snapshots.csv of a run: {name: [rows]}, and {name: [rows, n_layers, n_heads]} of what is measured by head.
+
+    Raises FileNotFoundError or ValueError if it is none or lacks a measure.
+    """
     rows = read_table(path, ("step", "mse"), "table of snapshots")
     layers: dict[str, dict[str, list]] = {}  # {name: {layer: columns of its heads}}
     for column in rows.dtype.names:
         name, layer = re.fullmatch(r"(\w+?)(?:_l(\d+)h\d+)?", column).groups()
         layers.setdefault(name, {}).setdefault(layer, []).append(rows[column])
+    if missing := SNAPSHOTS.keys() - layers.keys():
+        raise ValueError(f"{path} is no table of snapshots: it lacks {sorted(missing)[0]}")
     return {name: heads[None][0] if None in heads else np.array(list(heads.values())).transpose(2, 0, 1) for name, heads in layers.items()}
 
 
@@ -521,8 +526,8 @@ def claim_mse(study: Study) -> Finding:
             "length_14_interval": bootstrap(squared_errors(prediction, target), study.generator("mse 14")),
             "length_14_by_position_0_to_13": ((prediction - target) ** 2).mean((0, 2)),
             **{name: value for name, value in means.items() if name != "model"},
-            "test_sequences_by_c_from_-2_to_2": study.errors_by_c["model"],
-            "predict_last_vector_by_c": study.errors_by_c["predict_last_vector"],
+            "model_by_c_from_-2_to_2": study.errors_by_c["model"],
+            "predict_last_vector_by_c_from_-2_to_2": study.errors_by_c["predict_last_vector"],
             **outside_training(study),
             "training_log_last_20_evaluations": {"lowest": last.min(), "highest": last.max()},
         },

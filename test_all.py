@@ -1045,6 +1045,9 @@ class Analysis(TestCase):
         with open(table, "w") as f:
             f.write("step,loss\n1,2\n")
         refused(1, "is no table of snapshots", "--seeds", folder)
+        with open(table, "w") as f:
+            f.write("step,mse\n1,2\n")
+        refused(1, "it lacks dla_paper", "--seeds", folder)
         os.remove(table)
         with open(os.path.join(folder, "seed_0001", "log.csv"), "a") as f:
             f.write("20,1,1,1\n")
