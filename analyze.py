@@ -65,8 +65,8 @@ def ov_circuit(model: Transformer, layer: int) -> Tensor:
 
 
 def qk_circuit(model: Transformer, layer: int) -> Tensor:
-    """W_Q W_K^T of each head, [n_heads, d_model, d_model]: the score is x_destination @ QK @ x_source (section 4.6), "
-    "before / sqrt(d_head)."""
+    """W_Q W_K^T of each head, [n_heads, d_model, d_model]: the score before / sqrt(d_head) is
+    x_destination @ QK @ x_source (section 4.6)."""
     attn = model.blocks[layer].attn
     return attn.W_Q @ attn.W_K.transpose(1, 2)
 
@@ -123,8 +123,8 @@ def fit_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def regress(y: Tensor, *xs: Tensor) -> tuple[list[float], float]:
-    """Coefficients of the least squares fit y ~ sum_i coefficient_i x_i over all elements, without a constant, and its "
-    "R^2 = 1 - |residual|^2 / |y|^2."""
+    """Coefficients of the least squares fit y ~ sum_i coefficient_i x_i over all elements, without a constant, and its
+    R^2 = 1 - |residual|^2 / |y|^2."""
     X = torch.stack([x.double().flatten() for x in xs], 1)
     y = y.double().flatten()
     coefficients = torch.linalg.solve(X.T @ X, X.T @ y)
@@ -142,8 +142,8 @@ def second_token_score(pattern: Tensor) -> Tensor:
 
 
 def same_parity_score(pattern: Tensor) -> Tensor:
-    """Mean attention from positions 3.. to positions an even distance away, themselves included, by head: [batch, "
-    "n_heads, dest, src] -> [n_heads]."""
+    """Mean attention from positions 3.. to positions an even distance away, themselves included, by head:
+    [batch, n_heads, dest, src] -> [n_heads]."""
     p = torch.arange(pattern.shape[-1])
     even = (p[:, None] - p) % 2 == 0
     return (pattern * even).sum(-1)[:, :, 3:].mean((0, 2))
@@ -1054,8 +1054,8 @@ def grid(rows: int, columns: int, width: float, height: float, title: str, **opt
 
 
 def heat(axes, matrix: Tensor, limit: float | None = None):
-    """A heat map, with the values written in where they are few: diverging about 0 with the range [-limit, limit], "
-    "blue positive as in the paper, or attention from 0 to 1 where `limit` is None."""
+    """A heat map, with the values written in where they are few: diverging about 0 with the range [-limit, limit],
+    blue positive as in the paper, or attention from 0 to 1 where `limit` is None."""
     options = {"cmap": "Blues", "vmin": 0, "vmax": 1} if limit is None else {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
     image = axes.imshow(matrix.numpy(), **options)
     axes.spines[:].set_visible(True)
@@ -1519,6 +1519,8 @@ FIGURES = {
 
 
 LAYERS = ("layer 0", "layer 1", "layer 2")
+ATTENTION = Summary("attention", {"heads": "measured"}, {"untrained": "untrained", "uniform": "uniform_attention"})
+LIKENESS_TO_I = Summary("cosine with I", {"heads": "measured"}, {"untrained": "untrained", "layer 0": "layer_0", "layer 1": "layer_1"})
 SUMMARIES = {
     "mse": Summary(
         "MSE",
@@ -1527,8 +1529,8 @@ SUMMARIES = {
         paper=(1e-4, 1e-4),
         log=True,
     ),
-    "l0_prev_token": Summary("attention", {"heads": "measured"}, {"untrained": "untrained", "uniform": "uniform_attention"}),
-    "l1_second_token": Summary("attention", {"heads": "measured"}, {"untrained": "untrained", "uniform": "uniform_attention"}),
+    "l0_prev_token": ATTENTION,
+    "l1_second_token": ATTENTION,
     "l2_checkerboard": Summary(
         "attention", {"heads, c near -1": "measured"}, {"heads, c near 1": "c_near_1", "uniform": "uniform_attention"}
     ),
@@ -1573,12 +1575,8 @@ SUMMARIES = {
     "l1_ov_effective_rank": Summary(
         "effective rank", {"head 0": "measured", "all heads": "all_heads/1"}, {"untrained": "untrained", "layer 2": "all_heads/2"}
     ),
-    "l2_ov_identity": Summary(
-        "cosine with I", {"heads": "measured"}, {"untrained": "untrained", "layer 0": "layer_0", "layer 1": "layer_1"}
-    ),
-    "l2_qk_identity": Summary(
-        "cosine with I", {"heads": "measured"}, {"untrained": "untrained", "layer 0": "layer_0", "layer 1": "layer_1"}
-    ),
+    "l2_ov_identity": LIKENESS_TO_I,
+    "l2_qk_identity": LIKENESS_TO_I,
     "lens_after_l0": Summary(
         "explained",
         {"as it is": "measured"},
