@@ -507,6 +507,24 @@ class Training(TestCase):
         self.assertAlmostEqual(parts, float(rows["step"][0]), delta=0.25 * parts)
         self.assertGreater(float(rows["products"][0]), 0)
 
+    def test_a_step_makes_all_its_tensors_on_its_device(self):
+        """Seen on the meta device, which like a GPU refuses to work with a tensor that was made on the CPU."""
+        run, stack = train.Run(self.options(), SMALL_TASK), self.stack((1, 2))[1]
+        run.model.to("meta")
+        stack.named = {name: p.detach().to("meta").requires_grad_() for name, p in stack.named.items()}
+        with mock.patch("torch.rand", lambda *shape, device, generator: torch.empty(shape, device=device)):
+            a = data.sample(2, 5, mock.Mock(device=torch.device("meta"))).a
+        for loss, parameters in ((run.loss(a), run.model.parameters()), (stack.loss(torch.stack([a, a])), stack.named.values())):
+            loss.sum().backward()
+            self.assertEqual({p.grad.device.type for p in parameters}, {"meta"})
+
+    @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
+    def test_benchmark_times_the_captured_step_on_cuda(self):
+        table = train.benchmark(self.options(device="cuda"), 36, SMALL_TASK)
+        rows = {row[:14].strip(): row[14:].split() for row in table.splitlines()}
+        self.assertLess(0, float(rows["captured step"][0]))
+        self.assertLess(float(rows["captured step"][0]), float(rows["step"][0]))
+
     @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
     def test_captured_steps_are_the_plain_steps(self):
         for seeds in ((1,), (1, 2, 3)):
@@ -652,6 +670,24 @@ class Training(TestCase):
     @unittest.skipIf(torch.cuda.is_available(), "this machine has CUDA")
     def test_cuda_is_refused_where_there_is_none(self):
         self.assertRefused(2, "use cpu", train.main, "--device", "cuda", "--out", os.path.join(self.folder(), "run"))
+
+    @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
+    def test_cuda_runs_in_two_parts_equal_those_in_one_part(self):
+        for seeds in ((1,), (1, 2, 3)):
+
+            def trained(parts) -> list[train.Run]:
+                outs = [os.path.join(self.folder(), "run") for _ in seeds]
+                for i, steps in enumerate(parts):
+                    options = [self.options(seed=seed, out=out, device="cuda", steps=steps) for seed, out in zip(seeds, outs)]
+                    runs = [train.open_run(o, resume=i > 0, config=SMALL_TASK) for o in options]
+                    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(train, "HELD_OUT_PER_LENGTH", 2):
+                        self.assertTrue(train.train(runs))
+                return runs
+
+            for whole, part in zip(trained([9]), trained([4, 9])):
+                self.assertEqual([row["step"] for row in part.snapshots], [0])
+                for p, q in zip(whole.parameters, part.parameters):
+                    self.assertTrue(torch.equal(p, q))
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
     def test_cuda_starts_from_the_same_weights_and_learns_the_same(self):
