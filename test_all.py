@@ -385,9 +385,9 @@ class Training(TestCase):
         settings = {"steps": 6, "batch_size": 2, "eval_every": 3, "device": "cpu", "out": os.path.join(self.folder(), "run")}
         return train.Options(**(settings | changes))
 
-    def quietly(self, run: train.Run) -> bool:
+    def quietly(self, *runs: train.Run) -> bool:
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(train, "HELD_OUT_PER_LENGTH", 2):
-            return train.train([run])
+            return train.train(list(runs))
 
     def test_a_step_is_adamw_on_the_papers_loss(self):
         run = train.Run(self.options(), model.Config(d_model=12, d_head=4, d_mlp=20, n_heads=3, n_layers=2))
@@ -438,8 +438,7 @@ class Training(TestCase):
 
     def test_stacked_runs_write_what_single_runs_write(self):
         runs = [train.open_run(self.options(seed=seed, snapshot_every=2), resume=False, config=SMALL_TASK) for seed in (1, 2)]
-        with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(train, "HELD_OUT_PER_LENGTH", 2):
-            self.assertTrue(train.train(runs))
+        self.assertTrue(self.quietly(*runs))
         for run in runs:
             self.assertEqual(sorted(os.listdir(run.options.out)), sorted(train.FILES))
             self.assertEqual([row[0] for row in analyze.read_log(os.path.join(run.options.out, "log.csv"))], [3, 6])
@@ -547,16 +546,28 @@ class Training(TestCase):
         self.assertEqual(first, again)
         self.assertNotEqual(first, other)
 
+    def in_parts(self, device: str, seeds: tuple[int, ...], *parts: int) -> list[train.Run]:
+        """The runs of `seeds`, trained together up to each step of `parts` in turn, in a sitting of its own."""
+        all_options = [self.options(seed=seed, device=device, steps=parts[-1]) for seed in seeds]
+        for before, steps in zip((0, *parts), parts):
+            runs = [train.open_run(dataclasses.replace(o, steps=steps), resume=before > 0, config=SMALL_TASK) for o in all_options]
+            self.assertEqual([run.step for run in runs], [before] * len(runs))
+            self.assertTrue(self.quietly(*runs))
+        return runs
+
+    def assertPartsMakeAWhole(self, device: str):
+        for seeds in ((1,), (1, 2, 3)):
+            for whole, part in zip(self.in_parts(device, seeds, 9), self.in_parts(device, seeds, 4, 9), strict=True):
+                self.assertEqual([row["step"] for row in part.snapshots], [0])
+                for a, b in zip(whole.model.parameters(), part.model.parameters()):
+                    self.assertTrue(torch.equal(a, b))
+
     def test_a_run_in_two_parts_equals_one_in_one_part(self):
-        whole = train.open_run(self.options(steps=9), resume=False, config=SMALL_TASK)
-        self.quietly(whole)
-        options = self.options(steps=4)
-        self.quietly(train.open_run(options, resume=False, config=SMALL_TASK))
-        part = train.open_run(self.options(steps=9, out=options.out), resume=True, config=SMALL_TASK)
-        self.assertEqual(part.step, 4)
-        self.assertTrue(self.quietly(part))
-        for a, b in zip(whole.model.parameters(), part.model.parameters()):
-            self.assertTrue(torch.equal(a, b))
+        self.assertPartsMakeAWhole("cpu")
+
+    @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
+    def test_a_run_in_two_parts_equals_one_in_one_part_on_cuda(self):
+        self.assertPartsMakeAWhole("cuda")
 
     def test_a_killed_run_resumes_to_the_same_bits_and_the_same_log(self):
         folder = self.folder()
@@ -670,24 +681,6 @@ class Training(TestCase):
     @unittest.skipIf(torch.cuda.is_available(), "this machine has CUDA")
     def test_cuda_is_refused_where_there_is_none(self):
         self.assertRefused(2, "use cpu", train.main, "--device", "cuda", "--out", os.path.join(self.folder(), "run"))
-
-    @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
-    def test_cuda_runs_in_two_parts_equal_those_in_one_part(self):
-        for seeds in ((1,), (1, 2, 3)):
-
-            def trained(parts) -> list[train.Run]:
-                outs = [os.path.join(self.folder(), "run") for _ in seeds]
-                for i, steps in enumerate(parts):
-                    options = [self.options(seed=seed, out=out, device="cuda", steps=steps) for seed, out in zip(seeds, outs)]
-                    runs = [train.open_run(o, resume=i > 0, config=SMALL_TASK) for o in options]
-                    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(train, "HELD_OUT_PER_LENGTH", 2):
-                        self.assertTrue(train.train(runs))
-                return runs
-
-            for whole, part in zip(trained([9]), trained([4, 9])):
-                self.assertEqual([row["step"] for row in part.snapshots], [0])
-                for p, q in zip(whole.parameters, part.parameters):
-                    self.assertTrue(torch.equal(p, q))
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
     def test_cuda_starts_from_the_same_weights_and_learns_the_same(self):
@@ -997,9 +990,7 @@ class Analysis(TestCase):
                 self.assertAlmostEqual(errors[name] / mse["scale"][1.0][name] / factor**2, 1, delta=0.2)
         for sigma, errors in mse["noise"].items():  # the noise of the last vector adds to the error of repeating it
             added = errors["predict_last_vector"] - mse["scale"][1.0]["predict_last_vector"]
-            self.assertAlmostEqual(
-                added / mse["scale"][1.0]["predict_last_vector"], sigma**2 / mse["scale"][1.0]["predict_last_vector"], delta=0.05
-            )
+            self.assertAlmostEqual(added, sigma**2, delta=0.05 * mse["scale"][1.0]["predict_last_vector"])
         self.assertTrue(all(errors["exact_solver"] < 1e-10 for what in ("length", "c") for errors in mse[what].values()))
         self.assertGreater(mse["c"][2.875]["best_linear_of_2"], 3 * mse["c"][0.125]["best_linear_of_2"])
 
