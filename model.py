@@ -20,9 +20,12 @@ right: x @ W_E, as in the paper. Index letters in every einsum of the project:
 import contextlib
 import copy
 import difflib
+import io
+import json
+import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn as nn
@@ -32,24 +35,43 @@ from torch import Tensor
 import data
 
 
+ACTIVATIONS = {"relu": F.relu, "gelu_new": lambda x: F.gelu(x, approximate="tanh")}
+
+
+def setting(default, help: str, zero: bool = False, choices: tuple[str, ...] = ()):
+    """A field of a dataclass of settings, with what `check_settings` and the command line of train.py need to know."""
+    return field(default=default, metadata={"help": help, "zero": zero, "choices": choices})
+
+
+def check_settings(settings):
+    """ValueError unless whole numbers are at least 1, others finite and above 0 (or 0, where that is allowed), and
+    texts one of the choices."""
+    for f in fields(settings):
+        value, zero, choices = getattr(settings, f.name), f.metadata["zero"], f.metadata["choices"]
+        if f.type is int and (not isinstance(value, int) or value < 1 - zero):
+            raise ValueError(f"{f.name} must be a whole number of at least {1 - zero}, not {value!r}")
+        if f.type is float and not (isinstance(value, (int, float)) and 0 <= value < math.inf and (value or zero)):
+            raise ValueError(f"{f.name} must be a finite number {'of at least' if zero else 'above'} 0, not {value!r}")
+        if choices and value not in choices:
+            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
+
+
 @dataclass(frozen=True)
 class Config:
-    """The paper's sizes (section 3.2). A toy model of your own is `Config(n_layers=1, d_mlp=512)`."""
+    """The paper's model (section 3.2). A toy model of your own is `Config(n_layers=1, d_mlp=512)`."""
 
-    d_vocab: int = data.D_VOCAB
-    d_model: int = 128
-    d_head: int = 64
-    d_mlp: int = 3072
-    n_heads: int = 8
-    n_layers: int = 3
-    n_ctx: int = data.N_CTX
-    eps: float = 1e-5  # of the LayerNorms
+    d_vocab: int = setting(data.D_VOCAB, "dimensions of the vectors of a sequence")
+    d_model: int = setting(128, "dimensions of the residual stream")
+    d_head: int = setting(64, "dimensions of a head's queries, keys and values")
+    d_mlp: int = setting(3072, "hidden units of an MLP")
+    n_heads: int = setting(8, "attention heads in a layer")
+    n_layers: int = setting(3, "layers, each attention and MLP")
+    n_ctx: int = setting(data.N_CTX, "positions that the model has embeddings for")
+    eps: float = setting(1e-5, "added to the variance in a LayerNorm")
+    act_fn: str = setting("relu", "activation of the MLPs: relu (A.1) or gelu_new", choices=tuple(ACTIVATIONS))
+    initializer_range: float = setting(0.02, "standard deviation of the initial weight matrices")
 
-    def __post_init__(self):
-        sizes = {name: getattr(self, name) for name in ("d_vocab", "d_model", "d_head", "d_mlp", "n_heads", "n_layers", "n_ctx")}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {size!r}")
+    __post_init__ = check_settings
 
 
 class Hooks:
@@ -138,11 +160,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """ReLU(x W_in + b_in) W_out + b_out, at each position by itself (A.1)."""
+    """act_fn(x W_in + b_in) W_out + b_out, at each position by itself (A.1)."""
 
     def __init__(self, config: Config, name: str):
         super().__init__()
-        self.name = name
+        self.name, self.act = name, ACTIVATIONS[config.act_fn]
         self.W_in = nn.Parameter(torch.empty(config.d_model, config.d_mlp))
         self.b_in = nn.Parameter(torch.zeros(config.d_mlp))
         self.W_out = nn.Parameter(torch.empty(config.d_mlp, config.d_model))
@@ -150,7 +172,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, at: Hooks) -> Tensor:  # [batch, pos, d_model], normalised
         pre = at(f"{self.name}.hook_pre", affine(x, self.W_in, self.b_in))  # [batch, pos, d_mlp]
-        post = at(f"{self.name}.hook_post", pre.relu())
+        post = at(f"{self.name}.hook_post", self.act(pre))
         return affine(post, self.W_out, self.b_out)  # [batch, pos, d_model]
 
 
@@ -176,7 +198,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Maps vectors to vectors: x [batch, pos, d_vocab] -> prediction of the next vector at each position, same shape.
 
-    Weight matrices start as N(0, 0.8 / sqrt(d_model)), biases as 0, LayerNorms as 1 and 0, drawn from `generator`
+    Weight matrices start as N(0, initializer_range), biases as 0, LayerNorms as 1 and 0, drawn from `generator`
     (torch's default one if None). `hook_names` lists all hook points.
     """
 
@@ -190,7 +212,7 @@ class Transformer(nn.Module):
         self.unembed = nn.ParameterDict({"W_U": torch.empty(config.d_model, config.d_vocab), "b_U": torch.zeros(config.d_vocab)})
         for name, parameter in self.named_parameters():
             if name.split(".")[-1].startswith("W_"):
-                nn.init.normal_(parameter, std=0.8 / config.d_model**0.5, generator=generator)
+                nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
 
         ln = ["hook_scale", "hook_normalized"]
         attn = ["hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z", "hook_result"]
@@ -289,58 +311,84 @@ def fold(transformer: Transformer) -> Transformer:
 
 @contextlib.contextmanager
 def replacing(path: str):
-    """A binary file to write, which takes the place of `path` once it is complete: a kill or an error before that leaves the old one."""
+    """A binary file to write, which takes the place of `path` once it is complete: a kill or an error before that
+    leaves the old one. OSError, with the path, if it cannot be written."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
             yield f
         os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             os.remove(temporary)
+        if isinstance(error, OSError):
+            raise OSError(f"cannot write {path}: {error.strerror or error}") from error
         raise
 
 
 def save_file(value, path: str):
-    """torch.save to `path`, whole or not at all."""
+    """torch.save to `path`, whole or not at all. By way of memory, since torch's own writer turns a full disk into a
+    RuntimeError that does not name the file."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
     with replacing(path) as f:
-        torch.save(value, f)
+        f.write(buffer.getbuffer())
+
+
+def save_json(value, path: str):
+    """`value` as JSON to `path`, whole or not at all."""
+    with replacing(path) as f:
+        f.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def load_file(path: str, what: str) -> dict:
-    """A dict that `save_file` wrote, on the CPU; `what` names the file in messages.
+    """The dict that `save_file` (on the CPU) or `save_json` wrote; `what` names the file in messages.
 
     Raises FileNotFoundError if there is none and ValueError if it cannot be read.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no {what} at {path}")
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        if path.endswith(".json"):
+            with open(path) as f:
+                value = json.load(f)
+        else:
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no common type for what a damaged file makes it raise
-        raise ValueError(f"{path} is damaged or is no {what} as train.py writes it ({type(error).__name__})") from error
+        message = f"{path} is damaged or is no {what} as train.py writes it ({type(error).__name__})"
+        raise ValueError(message) from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is no {what}: it holds a {type(value).__name__}, not a dict")
     return value
 
 
-def load_weights(path: str, config: Config = Config()) -> Transformer:
-    """The model whose state dict `train.py` wrote to `path`.
+def settings_beside(path: str) -> dict:
+    """What the config.json of a run says, given one of its weights files, also one in steps/; {} if it has none."""
+    folder = os.path.dirname(path)
+    if os.path.basename(folder) == "steps":
+        folder = os.path.dirname(folder)
+    config = os.path.join(folder, "config.json")
+    return load_file(config, "config") if os.path.exists(config) else {}
 
-    Raises FileNotFoundError if there is no such file; ValueError if it cannot be read, its names or shapes are not
-    those of `config`, or a value is not finite.
+
+def load_weights(path: str) -> Transformer:
+    """The model whose state dict `train.py` wrote to `path`, built as the config.json beside it says (defaults without).
+
+    Raises FileNotFoundError if there is no such file; ValueError if it or config.json cannot be read, its names or
+    shapes are not those of the config, or a value is not finite.
     """
-    state = load_file(path, "weights file")
-    model = Transformer(config)
+    state, settings = load_file(path, "weights file"), settings_beside(path)
+    model = Transformer(Config(**{f.name: settings[f.name] for f in fields(Config) if f.name in settings}))
     expected = model.state_dict()
     if missing := sorted(expected.keys() - state.keys()):
-        raise ValueError(f"{path} lacks {missing[0]}" + (f" and {len(missing) - 1} more parameters" if missing[1:] else ""))
+        more = f" and {len(missing) - 1} more parameters" if missing[1:] else ""
+        raise ValueError(f"{path} lacks {missing[0]}{more}")
     if unknown := sorted(state.keys() - expected.keys()):
         raise ValueError(f"{path} holds {unknown[0]}, which this model does not have")
     for name, value in expected.items():
         if not isinstance(state[name], Tensor) or state[name].shape != value.shape:
-            raise ValueError(
-                f"{path} was written for another model: {name} is {list(getattr(state[name], 'shape', []))}, expected {list(value.shape)}"
-            )
+            shape = list(getattr(state[name], "shape", []))
+            raise ValueError(f"{path} is of another model: {name} is {shape}, expected {list(value.shape)}")
         if not state[name].isfinite().all():
             raise ValueError(f"{path} holds values in {name} that are not finite")
     model.load_state_dict(state)

@@ -2,6 +2,7 @@
 
     python train.py                                   # the paper's run: 100,000 steps, into runs/paper
     python train.py --steps 2000 --out runs/short     # a short one
+    python train.py --n-layers 1 --d-mlp 512 --out runs/toy    # a toy model: every field of model.Config is an option
     python train.py --resume                          # go on with a run that was stopped or killed
     python train.py --seeds 0-15 --out runs/seeds     # sixteen runs, into runs/seeds/seed_0000 and so on
     torchrun --nproc_per_node=4 train.py --seeds 0-63 --out runs/seeds    # the same, divided over four GPUs
@@ -9,171 +10,296 @@
     python analyze.py --all --run runs/paper --out runs/paper/figures     # then look at it, or at all seeds:
     python analyze.py --seeds runs/seeds --out runs/seeds/figures
 
-The out folder gets log.csv (step, loss: mean since the row before, eval_mse: on the fixed held-out set, seconds),
-snapshots.csv (what `analyze.snapshot` measures, every --snapshot-every steps from step 0 on, a column for each head, such
-as prev_token_l0h3), weights.pt (the state dict) and checkpoint.pt (all that resuming needs), written every --eval-every
-steps and at the end.
-Ctrl-C saves first. A run that was killed and resumed ends, on the same machine, with the same bits as one that was not.
+The run folder gets config.json (model and training settings), log.csv (step, loss: mean since the row before, eval_mse:
+on the fixed held-out set, seconds), weights.pt (the state dict), checkpoint.pt (all that resuming needs) and
+steps/00001000.pt and so on: the weights alone, at steps ever further apart. Ctrl-C saves first. A run that was killed
+and resumed ends, on the same machine, with the same bits as one that was not.
+
+Parts, in order: the settings of a run; Run, what a run folder holds; Trainer, which takes the steps; `train`, the loop;
+`benchmark`; the command line.
 """
 
 import argparse
+import contextlib
 import ctypes
-import dataclasses
 import math
 import os
 import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
 import data
-from model import Config, Transformer, load_file, replacing, save_file
+from model import Config, Transformer, check_settings, load_file, replacing, save_file, save_json, setting, settings_beside
 
-FILES = ("checkpoint.pt", "weights.pt", "log.csv", "snapshots.csv")
+FILES = ("config.json", "checkpoint.pt", "weights.pt", "log.csv")
 COLUMNS = ("step", "loss", "eval_mse", "seconds")
 HELD_OUT_PER_LENGTH = 128  # 1,536 held-out sequences; measuring on them costs about 3% of the time
-BENCHMARK_STEPS = 240
 CHUNK = 100  # steps between two looks at the losses, the only moments at which the host waits for the device
+SAVE_SECONDS = 30  # between two checkpoints
+BENCHMARK_STEPS = 240
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
-class CommandLine(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with exit status 2."""
-
-    def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def error(self, message: str):
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
-def whole_number(minimum: int):
-    """An argparse type for whole numbers from `minimum` up."""
-
-    def parse(text: str) -> int:
-        if not text.lstrip("+-").isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
-        return int(text)
-
-    return parse
-
-
-def real_number(zero: bool):
-    """An argparse type for finite positive numbers, and 0 where `zero` allows it."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and (value > 0 or zero and value == 0)):
-            raise argparse.ArgumentTypeError(f"must be a finite number {'of at least' if zero else 'above'} 0, not {text!r}")
-        return value
-
-    return parse
-
-
-def device(text: str) -> str:
-    """An argparse type for a device that this machine has."""
-    kind, _, index = text.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, not {text!r}")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not there: torch finds {torch.cuda.device_count()} CUDA devices on this machine; use cpu"
-        )
-    return text
-
-
-def dtype(text: str) -> str:
-    """An argparse type for the number formats that training knows."""
-    if text not in ("float32", "bfloat16"):
-        raise argparse.ArgumentTypeError(f"must be float32 or bfloat16, not {text!r}")
-    return text
-
-
-def seed_list(text: str) -> list[int]:
-    """An argparse type for seeds: 0-15, or 3, or 0,2,8-11."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        last = last or first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise argparse.ArgumentTypeError(f"must be seeds such as 0-15 or 0,2,8-11, not {text!r}")
-        seeds += range(int(first), int(last) + 1)
-    if len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"names a seed twice: {text!r}")
-    return seeds
-
-
-def option(default, type, help: str):
-    return field(default=default, metadata={"type": type, "help": help})
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
 
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of a run. Each is declared here once; the command line is made from this table."""
+    """The settings of training. Each is declared here once; the command line is made from this table and Config's."""
 
-    steps: int = option(100_000, whole_number(1), "optimizer steps; a longer run may go on from a shorter one")
-    batch_size: int = option(16, whole_number(1), "sequences a step")
-    lr: float = option(1e-4, real_number(zero=False), "learning rate of AdamW, constant")
-    weight_decay: float = option(0.01, real_number(zero=True), "weight decay of AdamW, on every parameter")
-    seed: int = option(0, whole_number(0), "decides the initial weights and the training data")
-    eval_every: int = option(1000, whole_number(1), "steps between two rows of log.csv, each with a checkpoint")
-    snapshot_every: int = option(500, whole_number(0), "steps between two rows of snapshots.csv; 0 for none")
-    dtype: str = option("float32", dtype, "of the matrix products: float32 or bfloat16; weights and optimizer stay float32")
-    tf32: bool = option(False, bool, "let CUDA round the factors of float32 products to TF32")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", device, "cpu, cuda or cuda:N")
-    threads: int = option(torch.get_num_threads(), whole_number(1), "CPU threads")
-    out: str = option(os.path.join("runs", "paper"), str, "folder of the run")
+    steps: int = setting(100_000, "optimizer steps; a longer run may go on from a shorter one")
+    batch_size: int = setting(16, "sequences a step")
+    lr: float = setting(1e-4, "learning rate of AdamW, constant")
+    weight_decay: float = setting(0.01, "weight decay of AdamW, on every parameter", zero=True)
+    seed: int = setting(0, "decides the initial weights and the training data", zero=True)
+    eval_every: int = setting(1000, "steps between two rows of log.csv")
+    dtype: str = setting("float32", "of the matrix products: float32 or bfloat16", choices=("float32", "bfloat16"))
+    tf32: bool = setting(False, "let CUDA round the factors of float32 products to TF32")
+    no_steps: bool = setting(False, "keep no weights in steps/")
+    no_graphs: bool = setting(False, "launch every kernel of a step on CUDA, instead of replaying captured steps")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N")
+    threads: int = setting(torch.get_num_threads(), "CPU threads")
+    out: str = setting(os.path.join("runs", "paper"), "run folder")
 
-    # A run that is resumed must agree in these, or it would be neither the one run nor the other.
-    HYPERPARAMETERS = ("batch_size", "lr", "weight_decay", "seed", "eval_every", "snapshot_every", "dtype", "tf32")
+    # What may differ between two sittings of a run; the rest is in config.json, and only --steps may change there.
+    SITTING = ("no_steps", "no_graphs", "device", "threads", "out")
 
-    def hyperparameters(self) -> dict:
-        return {name: getattr(self, name) for name in self.HYPERPARAMETERS}
+    def __post_init__(self):
+        check_settings(self)
+        kind, _, index = self.device.partition(":")
+        if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+            raise ValueError(f"device must be cpu, cuda or cuda:N, not {self.device!r}")
+        if kind == "cuda" and int(index or 0) >= (found := torch.cuda.device_count()):
+            raise ValueError(f"device {self.device!r} is not there: torch finds {found} CUDA devices; use cpu")
 
-    def command(self) -> str:
-        """The command line of this run, without what has its default value."""
-        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        return " ".join(
-            [
-                "python train.py",
-                *(flag(f.name) + (f" {shlex.quote(str(getattr(self, f.name)))}" if f.type is not bool else "") for f in changed),
-            ]
-        )
+
+def from_settings(settings: dict) -> tuple[Options, Config]:
+    """Options and Config with the values in `settings`, a flat dict such as config.json holds, and defaults for the rest.
+    ValueError if a value is out of its range."""
+    chosen = [{f.name: settings[f.name] for f in fields(kind) if f.name in settings} for kind in (Options, Config)]
+    return Options(**chosen[0]), Config(**chosen[1])
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One run, or several in one
+# ----------------------------------------------------------------------------------------------------------------------
+# A run: what its folder holds
+
+
+class Run:
+    """Model, optimizer and the two random streams of a training run, which go on where a checkpoint left them."""
+
+    PROGRESS = ("step", "loss_sum", "loss_count", "seconds", "log")
+
+    def __init__(self, settings: dict):
+        self.options, config = from_settings(settings)
+        self.settings = {k: v for k, v in (asdict(config) | asdict(self.options)).items() if k not in Options.SITTING}
+        # Drawn on the CPU, so that they are the same on every device; the lengths too, so that the host knows them.
+        self.lengths = torch.Generator().manual_seed(self.options.seed)
+        self.model = Transformer(config, self.lengths).to(self.options.device)
+        data_seed = torch.randint(2**62, (), generator=self.lengths).item()
+        self.sequences = torch.Generator(self.options.device).manual_seed(data_seed)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = adamw(self.parameters, self.options)
+        self.step = 0
+        self.loss_sum, self.loss_count = 0.0, 0  # since the last row of the log
+        self.seconds = 0.0  # of training, over all sittings
+        self.log: list[list[float]] = []
+
+    def path(self, *names: str) -> str:
+        return os.path.join(self.options.out, *names)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.cpu() for name, value in self.model.state_dict().items()}
+
+    def state(self) -> dict:
+        return {
+            "settings": self.settings,
+            "device": torch.device(self.options.device).type,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "lengths": self.lengths.get_state(),
+            "sequences": self.sequences.get_state(),
+            **{name: getattr(self, name) for name in self.PROGRESS},
+        }
+
+    def load_state(self, state: dict, path: str):
+        """Go on from a checkpoint. ValueError if it is none or belongs to another run; then this run is as it was."""
+        mine = self.state()
+        if missing := sorted(mine.keys() - state.keys()):
+            raise ValueError(f"{path} is no checkpoint of train.py: it lacks {missing[0]!r}")
+        for name, value in self.settings.items():
+            if name != "steps" and name in state["settings"] and state["settings"][name] != value:
+                raise ValueError(f"{path} belongs to a run with {name} {state['settings'][name]}, not {value}")
+        if state["device"] != mine["device"]:
+            raise ValueError(
+                f"{path} was written on {state['device']}, whose random streams differ from those of {mine['device']}: "
+                f"resume with --device {state['device']}"
+            )
+        if state["step"] > self.options.steps:
+            raise ValueError(f"{path} is already at step {state['step']:,}, beyond --steps {self.options.steps:,}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
+        self.lengths.set_state(state["lengths"])
+        self.sequences.set_state(state["sequences"])
+        for name in self.PROGRESS:
+            setattr(self, name, state[name])
+
+    def save(self):
+        """Write checkpoint.pt, then what follows from it. A kill in between does no harm: resuming writes it again."""
+        save_file(self.state(), self.path("checkpoint.pt"))
+        self.save_results()
+
+    def save_results(self):
+        save_json(self.settings, self.path("config.json"))
+        save_file(self.weights(), self.path("weights.pt"))
+        rows = [f"{step},{loss:.8g},{eval_mse:.8g},{seconds:.1f}" for step, loss, eval_mse, seconds in self.log]
+        with replacing(self.path("log.csv")) as f:
+            f.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
+
+    def save_step(self):
+        """Keep the weights at this step."""
+        os.makedirs(self.path("steps"), exist_ok=True)
+        save_file(self.weights(), self.path("steps", f"{self.step:08d}.pt"))
+
+    def lock(self):
+        """Hold the run folder until `release` is called or the process ends, however it ends. ValueError if another
+        process holds it: two would write the same files."""
+        try:
+            import fcntl
+        except ImportError:  # this system has no such locks
+            return
+        folder = os.open(self.options.out, os.O_RDONLY)
+        self.release = weakref.finalize(self, os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{self.options.out} is in use by a run that is still alive: stop it first") from error
+        except OSError:
+            pass  # nor has this file system
+
+    def release(self):
+        """Nothing is held as long as `lock` has not been called."""
+
+    def check(self, value: float, what: str):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{what} is {value} (seed {self.options.seed}): the last good checkpoint is kept; try a smaller --lr"
+            )
+
+
+def adamw(parameters: list[torch.Tensor], options: Options) -> torch.optim.AdamW:
+    """The paper's optimizer. Its moments exist from the start, so that a step can be captured and a checkpoint is
+    always complete."""
+    graphs = torch.device(options.device).type == "cuda" and not options.no_graphs
+    optimizer = torch.optim.AdamW(
+        parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True, capturable=graphs
+    )
+    for p in parameters:
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    return optimizer
+
+
+def is_kept(step: int) -> bool:
+    """Whether steps/ keeps the weights at this step: 0, 1, 2, 4, .. 512, then 1, 2 and 5 thousand, and so on."""
+    return step & (step - 1) == 0 if step <= 512 else step % 1000 == 0 and str(step).rstrip("0") in ("1", "2", "5")
+
+
+def refuse_existing(out: str):
+    """ValueError if the folder `out` holds a run."""
+    if there := [name for name in FILES if os.path.exists(os.path.join(out, name))]:
+        raise ValueError(
+            f"{out} already holds a run ({', '.join(there)}): go on with --resume, or choose another folder with --out"
+        )
+
+
+def open_run(settings: dict, resume: bool) -> Run:
+    """A new run in an empty folder, or the one in the folder `settings["out"]`, locked.
+
+    settings: values of Options and Config by name, the others being defaults or, resuming, what config.json says.
+    Raises ValueError for a new run where there is one already, for a folder in use, for a checkpoint that is damaged and
+    for a setting that differs from the run's; FileNotFoundError where there is nothing to resume; OSError for a folder
+    that cannot be written.
+    """
+    out = settings.get("out", Options.out)
+    checkpoint = os.path.join(out, "checkpoint.pt")
+    if not resume:
+        refuse_existing(out)
+        run = Run(settings)
+        os.makedirs(out, exist_ok=True)
+        run.lock()
+        refuse_existing(out)  # nobody has begun one in the meantime
+        run.save()  # so that a run can be resumed whenever it is killed, and it shows now if the folder cannot be written
+        return run
+    if not os.path.exists(checkpoint):
+        raise FileNotFoundError(
+            f"nothing to resume in {out}: it holds no checkpoint.pt; leave out --resume to start a run"
+        )
+    run = Run(settings_beside(checkpoint) | settings)
+    run.lock()
+    run.load_state(load_file(checkpoint, "checkpoint"), checkpoint)
+    run.save_results()
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A step of training
 
 
 class Trainer:
-    """A step of training, for one run or a stack of them. What differs is how sequences are drawn and the loss is computed.
+    """Takes the steps of a run, or of several at the same step as one model whose parameters have one more dimension in
+    front, [runs, ...].
 
-    A subclass has `options`, `lengths` (a CPU generator), `generators` (of the sequences), `parameters` and `optimizer`.
+    On a GPU, where a single run is too small to keep the chip busy, a stack costs little more than one. Its runs draw
+    their own sequences but share the lengths, those of the first; everything else is as in a run of its own.
     """
 
-    captured = None  # the step as CUDA graphs, see CapturedSteps
+    def __init__(self, runs: list[Run]):
+        self.runs, self.options, self.model = runs, runs[0].options, runs[0].model
+        self.stacked = len(runs) > 1
+        self.parameters, self.optimizer = runs[0].parameters, runs[0].optimizer
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        if self.stacked:
+            self.named, _ = torch.func.stack_module_state([run.model for run in runs])
+            self.parameters = list(self.named.values())
+            self.optimizer = adamw(self.parameters, self.options)
+            for stack, single in self.tensors():
+                stack.copy_(torch.stack(single) if stack.dim() > single[0].dim() else single[0])
+
+    def tensors(self):
+        """Each moment and step count of the stack's optimizer, with those of the single runs."""
+        for stacked, *single in zip(self.parameters, *(run.parameters for run in self.runs)):
+            for name, value in self.optimizer.state[stacked].items():
+                yield value, [run.optimizer.state[p][name] for run, p in zip(self.runs, single)]
 
     def sample(self, length: int) -> torch.Tensor:
-        """A batch of sequences, [..., batch, length + 1, d_vocab]."""
-        raise NotImplementedError
+        """A batch of sequences, [batch, length + 1, d_vocab], of a stack [runs, batch, length + 1, d_vocab]."""
+        d_vocab = self.model.config.d_vocab
+        batches = [data.sample(self.options.batch_size, length, run.sequences, d_vocab).a for run in self.runs]
+        return torch.stack(batches) if self.stacked else batches[0]
 
     def loss(self, a: torch.Tensor) -> torch.Tensor:
-        """The loss of each run, [] or [runs]."""
-        raise NotImplementedError
+        """The loss, [] or [runs]."""
+
+        def one(predict: Callable, a: torch.Tensor) -> torch.Tensor:
+            bfloat16 = self.options.dtype == "bfloat16"
+            with torch.autocast(torch.device(self.options.device).type, torch.bfloat16, enabled=bfloat16):
+                prediction = predict(a[:, :-1])
+            return data.mse(prediction.float(), a[:, 1:])
+
+        if not self.stacked:
+            return one(self.model, a)
+        call = torch.func.functional_call
+        return torch.vmap(lambda p, a: one(lambda x: call(self.model, p, (x,)), a))(self.named, a)
 
     def backward(self, loss: torch.Tensor):
         self.optimizer.zero_grad()
@@ -187,245 +313,70 @@ class Trainer:
         return loss.detach()
 
     def train_step(self) -> torch.Tensor:
-        """One step of the paper's training, on a batch of one random length. Returns the loss, [] or [runs], on the device."""
-        # Drawn on the CPU, so that the host knows the length without waiting for the device.
-        length = torch.randint(data.MIN_LENGTH, data.MAX_LENGTH + 1, (), generator=self.lengths).item()
-        return self.captured.replay(length) if self.captured else self.compute(length)
-
-    def write_back(self):
-        """Bring the runs up to date with the steps taken."""
-
-
-def autocast(options: Options):
-    """Matrix products in bfloat16 where the options say so."""
-    return torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.dtype == "bfloat16")
-
-
-def adamw(parameters: list[torch.Tensor], options: Options) -> torch.optim.AdamW:
-    """The paper's optimizer. Its moments exist from the start, so that a step can be captured and a checkpoint is always complete."""
-    cuda = torch.device(options.device).type == "cuda"
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True, capturable=cuda)
-    for p in parameters:
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
-
-
-class Run(Trainer):
-    """A training run: model, optimizer and the two random streams, which go on where a checkpoint left them."""
-
-    PROGRESS = ("step", "loss_sum", "loss_count", "seconds", "log", "snapshots")
-
-    def __init__(self, options: Options, config: Config = Config()):
-        self.options = options
-        # Initial weights are drawn on the CPU as well: the same on every device.
-        self.lengths = torch.Generator().manual_seed(options.seed)
-        self.model = Transformer(config, self.lengths).to(options.device)
-        data_seed = torch.randint(2**62, (), generator=self.lengths).item()
-        self.sequences = torch.Generator(options.device).manual_seed(data_seed)
-        self.generators = [self.sequences]
-        self.parameters = list(self.model.parameters())
-        self.optimizer = adamw(self.parameters, options)
-        self.step = 0
-        self.loss_sum = 0.0  # since the last row of the log
-        self.loss_count = 0
-        self.seconds = 0.0  # of training, over all sittings
-        self.log: list[list[float]] = []
-        self.snapshots: list[dict[str, float]] = []
-
-    def sample(self, length: int) -> torch.Tensor:
-        return data.sample(self.options.batch_size, length, self.sequences, self.model.config.d_vocab).a
-
-    def loss(self, a: torch.Tensor) -> torch.Tensor:
-        with autocast(self.options):
-            prediction = self.model(a[:, :-1])
-        return data.mse(prediction.float(), a[:, 1:])
-
-    def state(self) -> dict:
-        return {
-            "config": dataclasses.asdict(self.model.config),
-            "hyperparameters": self.options.hyperparameters(),
-            "device": torch.device(self.options.device).type,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "lengths": self.lengths.get_state(),
-            "sequences": self.sequences.get_state(),
-            **{name: getattr(self, name) for name in self.PROGRESS},
-        }
-
-    def load_state(self, state: dict, path: str):
-        """Go on from a checkpoint. ValueError if it is none or belongs to another run; then this run is as it was."""
-        mine = self.state()
-        if missing := sorted(mine.keys() - state.keys()):
-            raise ValueError(f"{path} is no checkpoint of train.py: it lacks {missing[0]!r}")
-        for kind in ("config", "hyperparameters"):
-            for name, value in mine[kind].items():
-                if state[kind].get(name) != value:
-                    raise ValueError(
-                        f"{path} belongs to a run with {name} {state[kind].get(name)}, not {value}: "
-                        "give the same value, or another --out folder"
-                    )
-        if state["device"] != mine["device"]:
-            raise ValueError(
-                f"{path} was written on {state['device']}, whose random streams differ from those of {mine['device']}: "
-                f"resume with --device {state['device']}"
-            )
-        if state["step"] > self.options.steps:
-            raise ValueError(f"{path} is already at step {state['step']:,}, beyond --steps {self.options.steps:,}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lengths.set_state(state["lengths"])
-        self.sequences.set_state(state["sequences"])
-        for name in self.PROGRESS:
-            setattr(self, name, state[name])
-
-    def save(self):
-        """Write checkpoint.pt, then what follows from it. A kill in between does no harm: resuming starts from the checkpoint."""
-        save_file(self.state(), os.path.join(self.options.out, "checkpoint.pt"))
-        self.save_results()
-
-    def save_results(self):
-        save_file({name: value.cpu() for name, value in self.model.state_dict().items()}, os.path.join(self.options.out, "weights.pt"))
-        rows = [f"{step},{loss:.8g},{eval_mse:.8g},{seconds:.1f}" for step, loss, eval_mse, seconds in self.log]
-        self.save_table("log.csv", [",".join(COLUMNS), *rows])
-        if self.snapshots:
-            rows = [",".join(f"{value:.8g}" for value in row.values()) for row in self.snapshots]
-            self.save_table("snapshots.csv", [",".join(self.snapshots[0]), *rows])
-
-    def save_table(self, name: str, lines: list[str]):
-        with replacing(os.path.join(self.options.out, name)) as f:
-            f.write("\n".join([*lines, ""]).encode())
-
-    @torch.no_grad()
-    def take_snapshot(self, sequences: data.Sample):
-        """Add a row of what the model does to `sequences` to the snapshots. FloatingPointError if its output is not finite."""
-        from analyze import snapshot  # not at the top: analyze.py imports the command line of this file
-
-        try:
-            measures = snapshot(self.model, sequences)
-        except FloatingPointError as error:
-            raise self.diverged(f"after step {self.step:,} {error}") from error
-        row = {"step": self.step}
-        for name, value in measures.items():
-            if value.dim():
-                row |= {f"{name}_l{l}h{h}": v for l, heads in enumerate(value.tolist()) for h, v in enumerate(heads)}
-            else:
-                row[name] = value.item()
-        self.snapshots.append(row)
-
-    def diverged(self, what: str) -> FloatingPointError:
-        return FloatingPointError(f"{what} (seed {self.options.seed}): the last good checkpoint is kept; try a smaller --lr")
-
-
-class Stack(Trainer):
-    """Several runs at the same step, trained as one model whose parameters have one more dimension in front, [runs, ...].
-
-    On a GPU, where a single run is too small to keep the chip busy, this costs little more than one. The runs draw their
-    own sequences but share the lengths, those of the first run; everything else is as in a run of its own.
-    """
-
-    def __init__(self, runs: list[Run]):
-        self.runs, self.options = runs, runs[0].options
-        self.lengths = runs[0].lengths
-        self.generators = [run.sequences for run in runs]
-        self.named, _ = torch.func.stack_module_state([run.model for run in runs])
-        self.parameters = list(self.named.values())
-        self.optimizer = adamw(self.parameters, self.options)
-        for stacked, *single in zip(self.parameters, *(run.parameters for run in runs)):
-            self.optimizer.state[stacked]["step"].copy_(runs[0].optimizer.state[single[0]]["step"])
-            for moment in ("exp_avg", "exp_avg_sq"):
-                self.optimizer.state[stacked][moment].copy_(torch.stack([run.optimizer.state[p][moment] for run, p in zip(runs, single)]))
-
-    def sample(self, length: int) -> torch.Tensor:
-        return torch.stack([run.sample(length) for run in self.runs])
-
-    def loss(self, a: torch.Tensor) -> torch.Tensor:
-        def one(parameters: dict[str, torch.Tensor], a: torch.Tensor) -> torch.Tensor:
-            with autocast(self.options):
-                prediction = torch.func.functional_call(self.runs[0].model, parameters, (a[:, :-1],))
-            return data.mse(prediction.float(), a[:, 1:])
-
-        return torch.vmap(one)(self.named, a)
+        """One step of the paper's training, on a batch of one random length. Returns the loss on the device."""
+        length = torch.randint(data.MIN_LENGTH, data.MAX_LENGTH + 1, (), generator=self.runs[0].lengths).item()
+        if length not in self.graphs:
+            return self.compute(length)
+        self.graphs[length].replay()
+        return self.captured_loss
 
     @torch.no_grad()
     def write_back(self):
-        for i, run in enumerate(self.runs):
-            for stacked, single in zip(self.parameters, run.parameters):
-                single.copy_(stacked[i])
-                state = self.optimizer.state[stacked]
-                run.optimizer.state[single]["step"].copy_(state["step"])
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    run.optimizer.state[single][moment].copy_(state[moment][i])
-            run.lengths.set_state(self.lengths.get_state())
+        """Bring the runs of a stack up to date with the steps taken."""
+        if self.stacked:
+            for i, run in enumerate(self.runs):
+                run.lengths.set_state(self.runs[0].lengths.get_state())
+                for stacked, single in zip(self.parameters, run.parameters):
+                    single.copy_(stacked[i])
+            for stack, single in self.tensors():
+                for i, value in enumerate(single):
+                    value.copy_(stack[i] if stack.dim() > value.dim() else stack)
 
+    def capture(self):
+        """Record the step as CUDA graphs, one for each length: replaying one costs a launch instead of several hundred.
 
-class CapturedSteps:
-    """The step of a trainer as CUDA graphs, one for each length: replaying one costs a launch instead of several hundred.
-
-    They share one memory pool, since only one runs at a time and none needs what another left behind.
-    """
-
-    def __init__(self, trainer: Trainer):
-        # Libraries set themselves up in steps that really run; what those change is put back before capturing.
-        tensors = [*trainer.parameters, *(value for state in trainer.optimizer.state.values() for value in state.values())]
+        They share one memory pool, since only one runs at a time and none needs what another left behind. Where
+        capturing fails, training goes on without.
+        """
+        # Libraries set themselves up in steps that really run; what those change is put back.
+        generators = [run.sequences for run in self.runs]
+        tensors = [*self.parameters, *(value for state in self.optimizer.state.values() for value in state.values())]
         saved = [tensor.detach().clone() for tensor in tensors]
-        states = [generator.get_state() for generator in trainer.generators]
+        states = [generator.get_state() for generator in generators]
         side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for length in data.LENGTHS:
-                loss = trainer.compute(length)
-        torch.cuda.current_stream().wait_stream(side)
+        try:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a capturable optimizer is slow where it is not captured
+                for length in data.LENGTHS:
+                    loss = self.compute(length)
+            torch.cuda.current_stream().wait_stream(side)
+            self.captured_loss, graphs, pool = torch.zeros_like(loss), {}, torch.cuda.graph_pool_handle()
+            for length in reversed(data.LENGTHS):  # the largest first: the others fit into its memory
+                graph = graphs[length] = torch.cuda.CUDAGraph()
+                for generator in generators:
+                    graph.register_generator_state(generator)
+                self.optimizer.zero_grad()
+                with torch.cuda.graph(graph, pool=pool):
+                    self.captured_loss.copy_(self.compute(length))
+            self.graphs = graphs
+        except RuntimeError as error:
+            print(f"training without CUDA graphs, which failed: {str(error).splitlines()[0]}", flush=True)
+            for group in self.optimizer.param_groups:
+                group["capturable"] = False
         with torch.no_grad():
             for tensor, value in zip(tensors, saved):
                 tensor.copy_(value)
-        for generator, state in zip(trainer.generators, states):
+        for generator, state in zip(generators, states):
             generator.set_state(state)
 
-        self.loss, self.graphs, pool = torch.zeros_like(loss), {}, torch.cuda.graph_pool_handle()
-        for length in reversed(data.LENGTHS):  # the largest first: the others fit into its memory
-            graph = torch.cuda.CUDAGraph()
-            for generator in trainer.generators:
-                graph.register_generator_state(generator)
-            trainer.optimizer.zero_grad()
-            with torch.cuda.graph(graph, pool=pool):
-                self.loss.copy_(trainer.compute(length))
-            self.graphs[length] = graph
 
-    def replay(self, length: int) -> torch.Tensor:
-        self.graphs[length].replay()
-        return self.loss
-
-
-def refuse_existing(out: str):
-    """ValueError if the folder `out` holds a run."""
-    if there := [name for name in FILES if os.path.exists(os.path.join(out, name))]:
-        raise ValueError(f"{out} already holds a run ({', '.join(there)}): go on with --resume, or choose another folder with --out")
-
-
-def open_run(options: Options, resume: bool, config: Config = Config()) -> Run:
-    """A new run in an empty folder, or the one that `options.out` holds.
-
-    Raises ValueError for a new run where there is one already, and for a checkpoint that is damaged or belongs to other
-    hyperparameters; FileNotFoundError where there is nothing to resume; OSError for a folder that cannot be written.
-    """
-    if resume:
-        path = os.path.join(options.out, "checkpoint.pt")
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"nothing to resume in {options.out}: it holds no checkpoint.pt; leave out --resume to start a run")
-        state = load_file(path, "checkpoint")
-        run = Run(options, config)
-        run.load_state(state, path)
-        run.save_results()
-    else:
-        refuse_existing(options.out)
-        run = Run(options, config)
-        os.makedirs(options.out, exist_ok=True)
-        run.save()  # so that a run can be resumed whenever it is killed, and a folder that cannot be written is known now
-    return run
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
 
 
 class StopRequest:
-    """Within `with StopRequest() as stop`, Ctrl-C and SIGTERM set `stop.requested` instead of breaking off a step half-way."""
+    """Within `with StopRequest() as stop`, Ctrl-C and SIGTERM set `stop.requested` instead of breaking a step off."""
 
     def __enter__(self):
         self.requested = False
@@ -444,8 +395,8 @@ class Progress:
     """One line on a terminal that is rewritten as training goes on; elsewhere, one line for each row of the log."""
 
     def __init__(self, runs: list[Run]):
-        self.runs, self.first_step, self.start, self.live = runs, runs[0].step, time.perf_counter(), sys.stdout.isatty()
-        self.what = f"{len(runs)} seeds  " if len(runs) > 1 else ""
+        self.runs, self.first_step, self.start = runs, runs[0].step, time.perf_counter()
+        self.live = sys.stdout.isatty()
 
     def show(self, loss: float, new_row: bool):
         run = self.runs[0]
@@ -455,9 +406,9 @@ class Progress:
         left = (run.options.steps - run.step) / rate
         left = f"{left / 60:.0f} min" if left >= 100 else f"{left:.0f} s"
         held_out = f"{sum(r.log[-1][2] for r in self.runs) / len(self.runs):.2e}" if run.log else "none yet"
-        line = (
-            f"{self.what}step {run.step:,}/{run.options.steps:,}  loss {loss:.2e}  held-out MSE {held_out}  {rate:.1f} steps/s  {left} left"
-        )
+        line = f"{len(self.runs)} seeds  " if len(self.runs) > 1 else ""
+        line += f"step {run.step:,}/{run.options.steps:,}  loss {loss:.2e}  held-out MSE {held_out}  "
+        line += f"{rate:.1f} steps/s  {left} left"
         print(f"\r{line}\x1b[K" if self.live else line, end="" if self.live else "\n", flush=True)
 
     def __enter__(self):
@@ -469,30 +420,27 @@ class Progress:
 
 
 def train(runs: list[Run]) -> bool:
-    """Train runs that are at the same step, as one, until `options.steps`, saving every `eval_every` steps.
+    """Train runs that are at the same step, as one, until `options.steps`.
 
     False if they were stopped early (and saved) by Ctrl-C. Raises FloatingPointError, and saves nothing more, as soon as
-    a loss is not finite.
+    a loss is not finite; OSError where a file cannot be written.
     """
-    options = runs[0].options
-    trainer = Stack(runs) if len(runs) > 1 else runs[0]
-    if torch.device(options.device).type == "cuda":
-        trainer.captured = CapturedSteps(trainer)
+    options, trainer = runs[0].options, Trainer(runs)
+    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    if torch.device(options.device).type == "cuda" and not options.no_graphs:
+        trainer.capture()
     held_out = data.held_out(HELD_OUT_PER_LENGTH, device=options.device)
     losses = torch.empty(CHUNK, len(runs), device=options.device)
     step, clock = runs[0].step, time.perf_counter()
-    intervals = [every for every in (options.eval_every, options.snapshot_every) if every]
-    for run in runs:
-        if options.snapshot_every and not run.snapshots:  # before the first step
-            run.take_snapshot(held_out[-1])
-
-    def check(run: Run, value: float, what: str):
-        if not math.isfinite(value):
-            raise run.diverged(f"{what} is {value}")
+    saved = clock
+    if step == 0 and not options.no_steps:
+        for run in runs:
+            run.save_step()
 
     with StopRequest() as stop, Progress(runs) as progress:
         while step < options.steps and not stop.requested:
-            room = min(CHUNK, options.steps - step, *(every - step % every for every in intervals))
+            room = min(CHUNK, options.steps - step, options.eval_every - step % options.eval_every)
+            room = next((i for i in range(1, room) if is_kept(step + i)), room)
             done = 0
             while done < room and not stop.requested:
                 losses[done] = trainer.train_step()
@@ -500,142 +448,51 @@ def train(runs: list[Run]) -> bool:
             values = losses[:done].tolist()
             for i, row in enumerate(values):
                 for run, value in zip(runs, row):
-                    check(run, value, f"the loss at step {step + i + 1:,}")
+                    run.check(value, f"the loss at step {step + i + 1:,}")
                     run.loss_sum += value
             step += done
 
+            end = step == options.steps or stop.requested
             new_row = step == options.steps or step % options.eval_every == 0
-            new_snapshot = options.snapshot_every and step % options.snapshot_every == 0
-            if new_row or new_snapshot or stop.requested:
+            keep = is_kept(step) and not options.no_steps
+            save = end or time.perf_counter() - saved >= SAVE_SECONDS
+            if new_row or keep or save:
                 trainer.write_back()
             evaluations = [data.evaluate(run.model, held_out) if new_row else 0.0 for run in runs]
             now = time.perf_counter()
             for run, eval_mse in zip(runs, evaluations):
-                check(run, eval_mse, f"the held-out MSE after step {step:,}")
+                run.check(eval_mse, f"the held-out MSE after step {step:,}")
                 run.step, run.loss_count, run.seconds = step, run.loss_count + done, run.seconds + now - clock
                 if new_row:
                     run.log.append([step, run.loss_sum / run.loss_count, eval_mse, run.seconds])
                     run.loss_sum, run.loss_count = 0.0, 0
-                if new_snapshot:
-                    run.take_snapshot(held_out[-1])
-                if new_row or stop.requested:
+                if keep:
+                    run.save_step()
+                if save:
                     run.save()
+                    saved = now
             clock = now
             progress.show(sum(map(sum, values)) / (done * len(runs)), new_row)
     return step == options.steps
 
 
-def benchmark(options: Options, steps: int, config: Config = Config()) -> str:
-    """Where the time of a step goes: a table with the median and spread over rounds of one step of each length.
-
-    The floor, measured in the same rounds, is the bare matrix products of a step, forward and backward, and one pass of
-    AdamW over memory: parameters, gradients and two moments read, all but the gradients written.
-    """
-    run, cuda = Run(options, config), torch.device(options.device).type == "cuda"
-    h, d, m, v = config.n_heads * config.d_head, config.d_model, config.d_mlp, config.d_vocab
-    layers = [(v, d)] + config.n_layers * (3 * [(d, h)] + [(h, d), (d, m), (m, d)]) + [(d, v)]
-    floor_dtype = getattr(torch, options.dtype)
-    weights = [torch.randn(i, o, device=options.device, dtype=floor_dtype) for i, o in layers]
-    size = sum(p.numel() for p in run.parameters)
-    source = torch.randn(4 * size, device=options.device)
-    target = torch.empty_like(source)
-
-    def clock() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        return 1e3 * time.perf_counter()
-
-    def products(length: int):
-        for n, (x, y, W) in enumerate(zip(inputs[length], outputs[length], weights)):
-            x @ W
-            x.T @ y
-            if n:  # nobody needs the gradient of the data
-                y @ W.T
-
-    inputs = {
-        n: [torch.randn(options.batch_size * n, i, device=options.device, dtype=floor_dtype) for i, _ in layers] for n in data.LENGTHS
-    }
-    outputs = {
-        n: [torch.randn(options.batch_size * n, o, device=options.device, dtype=floor_dtype) for _, o in layers] for n in data.LENGTHS
-    }
-    names = ["sampling", "forward", "backward", "AdamW"]
-    rounds: dict[str, list[float]] = {name: [] for name in [*names, "step", "products", "memory", "captured step"]}
-    bare = dict.fromkeys(data.LENGTHS, None)
-    if cuda:  # the floor is captured as well, or it would be the time of launching kernels
-        captured = CapturedSteps(run)
-        for length in data.LENGTHS:
-            products(length)  # sets the library up
-            bare[length] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(bare[length]):
-                products(length)
-    warm_up = 3
-    for i in range(warm_up + max(3, steps // len(data.LENGTHS))):
-        spent = dict.fromkeys(rounds, 0.0)
-        for length in data.LENGTHS:
-            times = [clock()]
-            a = run.sample(length)
-            times.append(clock())
-            loss = run.loss(a)
-            times.append(clock())
-            run.backward(loss)
-            times.append(clock())
-            run.optimizer.step()
-            times.append(clock())
-            for name, start, end in zip(names, times, times[1:]):
-                spent[name] += end - start
-            spent["step"] += times[-1] - times[0]
-            start = clock()
-            bare[length].replay() if cuda else products(length)
-            spent["products"] += clock() - start
-            start = clock()
-            target.copy_(source)
-            # a copy moves 8 bytes a number; AdamW reads 16 and writes 12 for each parameter, of which there are a quarter
-            spent["memory"] += (clock() - start) * 28 / 32
-        if cuda:
-            start = clock()
-            for length in data.LENGTHS:
-                captured.replay(length)
-            spent["captured step"] += clock() - start
-        if i >= warm_up:
-            for name, value in spent.items():
-                rounds[name].append(value / len(data.LENGTHS))
-
-    quantiles = {name: torch.tensor(values).quantile(torch.tensor([0.5, 0.05, 0.95])).tolist() for name, values in rounds.items()}
-    step, floor = quantiles["step"][0], quantiles["products"][0] + quantiles["memory"][0]
-    rows = [f"{'ms per step':14}{'median':>9}{'5%':>9}{'95%':>9}{'share':>8}"]
-    for name, (median, low, high) in quantiles.items():
-        if name != "captured step" or cuda:
-            share = f"{median / step:8.0%}" if name in names else ""
-            rows.append(f"{name:14}{median:9.3f}{low:9.3f}{high:9.3f}{share}")
-    best = quantiles["captured step"][0] if cuda else step
-    if options.snapshot_every:
-        sequences, times = data.held_out(HELD_OUT_PER_LENGTH, device=options.device)[-1], []
-        for _ in range(4):
-            start = clock()
-            run.take_snapshot(sequences)
-            times.append(clock() - start)
-        each = sorted(times[1:])[1]  # the first loads what it needs
-        rows.append(
-            f"a snapshot takes {each:.0f} ms; one every {options.snapshot_every} steps adds {each / options.snapshot_every / best:.1%} to the time"
-        )
-    rows.append(f"{1e3 / best:.1f} steps per second; floor {floor:.3f} ms (products + memory), ratio {best / floor:.2f}")
-    return "\n".join(rows)
-
-
-def train_all(options: list[Options], resume: bool, start_missing: bool) -> bool:
+def train_all(settings: list[dict], resume: bool, start_missing: bool) -> bool:
     """Train runs one after the other on a CPU, all as one on a GPU. False if they were stopped.
 
-    With `start_missing`, resuming starts those that had not begun yet. Raises what `open_run` and `train` raise.
+    With `start_missing`, resuming starts those that had not begun yet, with the settings of the first that had.
+    Raises what `open_run` and `train` raise.
     """
-    new = [not resume or (start_missing and not os.path.exists(os.path.join(o.out, "checkpoint.pt"))) for o in options]
-    for o, is_new in zip(options, new):
+    checkpoints = [os.path.join(s.get("out", Options.out), "checkpoint.pt") for s in settings]
+    new = [not resume or (start_missing and not os.path.exists(path)) for path in checkpoints]
+    recorded = next((settings_beside(path) for path, is_new in zip(checkpoints, new) if not is_new), {})
+    for path, is_new in zip(checkpoints, new):
         if is_new:
-            refuse_existing(o.out)  # before any of them writes something
-    runs = [open_run(o, not is_new) for o, is_new in zip(options, new)]
+            refuse_existing(os.path.dirname(path))  # before any of them writes something
+    runs = [open_run(recorded | s if is_new else s, resume=not is_new) for s, is_new in zip(settings, new)]
     for run in runs:
         if run.step:
-            print(f"resuming {run.options.out} at step {run.step:,}")
-    if torch.device(runs[0].options.device).type == "cuda":  # after a kill in the middle of saving some runs may be ahead
+            print(f"resuming {run.options.out} at step {run.step:,}", flush=True)
+    if torch.device(runs[0].options.device).type == "cuda":  # a kill in the middle of saving may leave some runs ahead
         groups = [[run for run in runs if run.step == step] for step in sorted({run.step for run in runs})]
     else:
         groups = [[run] for run in runs]
@@ -643,78 +500,208 @@ def train_all(options: list[Options], resume: bool, start_missing: bool) -> bool
         if not train(group):
             return False
         for run in group:
-            print(f"{run.options.out}: {run.step:,} steps in {run.seconds / 60:.1f} min, held-out MSE {run.log[-1][2]:.2e}")
+            took = f"{run.step:,} steps in {run.seconds / 60:.1f} min"
+            print(f"{run.options.out}: {took}, held-out MSE {run.log[-1][2]:.2e}", flush=True)
     return True
 
 
-def keep_freed_memory():
-    """Let glibc keep the memory that a step frees for the next one. It would hand it back to the system and get fresh pages,
-    and a page fault for each, hundreds a step. Does nothing where the C library is another one."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Where the time goes
+
+
+def benchmark(settings: dict, steps: int) -> str:
+    """Where the time of a step goes: a table with the median and spread over rounds of one step of each length.
+
+    The floor, measured in the same rounds, is the bare matrix products of a step, forward and backward, and one pass of
+    AdamW over memory: parameters, gradients and two moments read, all but the gradients written.
+    """
+    run = Run(settings)
+    trainer, options, config, cuda = Trainer([run]), run.options, run.model.config, run.sequences.device.type == "cuda"
+    h, d, m, v = config.n_heads * config.d_head, config.d_model, config.d_mlp, config.d_vocab
+    layers = [(v, d)] + config.n_layers * (3 * [(d, h)] + [(h, d), (d, m), (m, d)]) + [(d, v)]
+    source = torch.randn(4 * sum(p.numel() for p in run.parameters), device=options.device)
+    target = torch.empty_like(source)
+
+    def random(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, device=options.device, dtype=getattr(torch, options.dtype))
+
+    def products(length: int) -> Callable:
+        factors = [(random(options.batch_size * length, i), random(options.batch_size * length, o), random(i, o)) for i, o in layers]
+
+        def multiply():
+            for n, (x, y, W) in enumerate(factors):
+                x @ W
+                x.T @ y
+                if n:  # nobody needs the gradient of the data
+                    y @ W.T
+
+        if not cuda:
+            return multiply
+        multiply()  # sets the library up; then the floor is captured too, or it would be the time of launching kernels
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            multiply()
+        return graph.replay
+
+    def parts(length: int) -> dict[str, Callable]:
+        kept: list[torch.Tensor] = []
+        return {
+            "sampling": lambda: kept.append(trainer.sample(length)),
+            "forward": lambda: kept.append(trainer.loss(kept[-1])),
+            "backward": lambda: trainer.backward(kept.pop()),
+            "AdamW": trainer.optimizer.step,
+            "products": bare[length],
+            "memory": lambda: target.copy_(source),
+            **({"captured step": trainer.graphs[length].replay} if trainer.graphs else {}),
+        }
+
+    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    bare = {length: products(length) for length in data.LENGTHS}
+    if cuda and not options.no_graphs:
+        trainer.capture()
+    rounds: list[dict[str, float]] = []
+    for _ in range(3 + max(3, steps // len(data.LENGTHS))):
+        spent: dict[str, float] = {}
+        for length in data.LENGTHS:
+            for name, part in parts(length).items():
+                start = time.perf_counter()
+                part()
+                if cuda:
+                    torch.cuda.synchronize()
+                spent[name] = spent.get(name, 0.0) + 1e3 * (time.perf_counter() - start) / len(data.LENGTHS)
+        # A copy moves 8 bytes a number; AdamW reads 16 and writes 12 for each parameter, of which there are a quarter.
+        spent["memory"] *= 28 / 32
+        spent["step"] = sum(spent[name] for name in ("sampling", "forward", "backward", "AdamW"))
+        rounds.append(spent)
+
+    times = {name: torch.tensor([spent[name] for spent in rounds[3:]]) for name in rounds[0]}  # the first three warm up
+    rows = [f"{'ms per step':14}{'median':>9}{'5%':>9}{'95%':>9}"]
+    for name, values in times.items():
+        rows.append(f"{name:14}" + "".join(f"{values.quantile(q).item():9.3f}" for q in (0.5, 0.05, 0.95)))
+    best = times["captured step" if trainer.graphs else "step"].median().item()
+    floor = (times["products"].median() + times["memory"].median()).item()
+    rows.append(f"{1e3 / best:.1f} steps per second; floor {floor:.3f} ms (products + memory), ratio {best / floor:.2f}")
+    return "\n".join(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with exit status 2, and which returns only what was given."""
+
+    def __init__(self, doc: str):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+
+    def error(self, message: str):
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def whole_number(text: str) -> int:
+    """An argparse type."""
     try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from error
+
+
+def real_number(text: str) -> float:
+    """An argparse type."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from error
+
+
+def seed_list(text: str) -> list[int]:
+    """An argparse type for seeds: 0-15, or 3, or 0,2,8-11."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        last = last or first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise argparse.ArgumentTypeError(f"must be seeds such as 0-15 or 0,2,8-11, not {text!r}")
+        seeds += range(int(first), int(last) + 1)
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"names a seed twice: {text!r}")
+    return seeds
+
+
+def command_line() -> CommandLine:
+    parser = CommandLine(__doc__)
+    types = {int: whole_number, float: real_number, str: str}
+    for group, kind in (("training", Options), ("the model", Config)):
+        group = parser.add_argument_group(group)
+        for f in fields(kind):
+            if f.type is bool:
+                group.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
+            else:
+                text = f"{f.metadata['help']} (default: {f.default})"
+                group.add_argument(flag(f.name), type=types[f.type], help=text, metavar=f.type.__name__)
+    parser.add_argument("--seeds", type=seed_list, help="train several, such as 0-15, each into OUT/seed_NNNN; torchrun shares them out")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the out folder")
+    text = f"train nothing: time the parts of a step, over --steps steps if given, else {BENCHMARK_STEPS}"
+    parser.add_argument("--benchmark", action="store_true", help=text)
+    return parser
+
+
+def keep_freed_memory():
+    """Let glibc keep the memory that a step frees for the next one. It would hand it back to the system and get fresh
+    pages, and a page fault for each, hundreds a step. Does nothing where the C library is another one."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)
-    mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def main():
-    parser = CommandLine(__doc__)
-    for f in dataclasses.fields(Options):
-        if f.type is bool:
-            parser.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
-        else:
-            parser.add_argument(
-                flag(f.name), type=f.metadata["type"], default=f.default, help=f"{f.metadata['help']} (default: {f.default})"
-            )
-    parser.add_argument(
-        "--seeds", type=seed_list, help="train several seeds, such as 0-15, each into OUT/seed_NNNN; torchrun divides them over its ranks"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the out folder")
-    parser.add_argument(
-        "--benchmark",
-        action="store_true",
-        help=f"train nothing: time the parts of a step, over --steps steps if given, else {BENCHMARK_STEPS}",
-    )
-    arguments = vars(parser.parse_args())
-    resume, seeds, bench = (arguments.pop(name) for name in ("resume", "seeds", "benchmark"))
-    options = Options(**arguments)
-
-    rank, ranks, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    parser = command_line()
+    given = vars(parser.parse_args())
+    again = [part for name, value in given.items() if name not in ("resume", "seeds", "benchmark")
+             for part in (flag(name), *([] if value is True else [str(value)]))]
+    resume, seeds, bench = (given.pop(name, None) for name in ("resume", "seeds", "benchmark"))
+    rank, ranks, local_rank = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if ranks > 1 and not seeds:
         parser.error("under torchrun give --seeds: a single run is trained by a single process")
-    if options.device.startswith("cuda"):
-        if ranks > 1:
-            options = dataclasses.replace(options, device=f"cuda:{local_rank}")
-        torch.cuda.set_device(torch.device(options.device).index or 0)
+    if ranks > 1 and torch.cuda.is_available() and given.get("device", "cuda") == "cuda":
+        given["device"] = f"cuda:{local_rank}"
+    try:
+        options, _ = from_settings(given)
+    except ValueError as error:
+        parser.error(str(error))
+
+    runs = [given]
     if seeds:
-        runs = [dataclasses.replace(options, seed=seed, out=os.path.join(options.out, f"seed_{seed:04d}")) for seed in seeds[rank::ranks]]
-    else:
-        runs = [options]
+        again += ["--seeds", ",".join(map(str, seeds))]
+        runs = [given | {"seed": s, "out": os.path.join(options.out, f"seed_{s:04d}")} for s in seeds[rank::ranks]]
     if not runs:
         return  # more ranks than seeds
-
+    if options.device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(options.device).index or 0)
     keep_freed_memory()
     # Both come before the first parallel work, since threads inherit the denormal mode. Weights of units that
     # died decay into denormal numbers, with which some processors are slow.
     torch.set_flush_denormal(True)
     torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     try:
         if bench:
-            print(benchmark(options, options.steps if options.steps != Options.steps else BENCHMARK_STEPS))
+            print(benchmark(given, given.get("steps", BENCHMARK_STEPS)))
             return
-        finished = train_all(runs, resume, start_missing=bool(seeds))
+        finished = train_all(runs, bool(resume), start_missing=bool(seeds))
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     if not finished:
-        print(f"stopped and saved; go on with: {options.command()}{' --seeds ' + ','.join(map(str, seeds)) if seeds else ''} --resume")
+        print(f"stopped and saved; go on with: python train.py {shlex.join(again)} --resume")
         sys.exit(130)
     what = "--seeds" if seeds else "--all --run"
-    print(f"now: python analyze.py {what} {shlex.quote(options.out)} --out {shlex.quote(os.path.join(options.out, 'figures'))}")
+    figures = shlex.quote(os.path.join(options.out, "figures"))
+    print(f"now: python analyze.py {what} {shlex.quote(options.out)} --out {figures}")
 
 
 if __name__ == "__main__":
