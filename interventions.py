@@ -37,7 +37,11 @@ def layer_heads(model: Transformer, layer: int) -> list[Head]:
 
 def output_names(model: Transformer) -> list[str]:
     """The hook points at which `replace_outputs` acts: hook_z of every attention layer, hook_mlp_out of every MLP."""
-    return [name for l in range(model.config.n_layers) for name in (f"blocks.{l}.attn.hook_z", f"blocks.{l}.hook_mlp_out")]
+    return [
+        name
+        for l in range(model.config.n_layers)
+        for name in (f"blocks.{l}.attn.hook_z", f"blocks.{l}.hook_mlp_out")
+    ]
 
 
 def record(names: Iterable[str], into: dict[str, Tensor]) -> dict[str, Callable]:
@@ -58,7 +62,10 @@ def mean_outputs(cache: dict[str, Tensor], over_positions: bool = False) -> dict
     hook_mlp_out [pos or 1, d_model].
     """
     outputs = {name: value for name, value in cache.items() if name.endswith((".hook_z", ".hook_mlp_out"))}
-    return {name: value.mean((0, 1), keepdim=True)[0] if over_positions else value.mean(0) for name, value in outputs.items()}
+    return {
+        name: value.mean((0, 1), keepdim=True)[0] if over_positions else value.mean(0)
+        for name, value in outputs.items()
+    }
 
 
 def zero_outputs(model: Transformer) -> dict[str, Tensor]:
@@ -66,7 +73,9 @@ def zero_outputs(model: Transformer) -> dict[str, Tensor]:
     return {name: torch.zeros(()) for name in output_names(model)}
 
 
-def replace_outputs(values: dict[str, Tensor], heads: Iterable[Head] = (), mlps: Iterable[int] = ()) -> dict[str, Callable]:
+def replace_outputs(
+    values: dict[str, Tensor], heads: Iterable[Head] = (), mlps: Iterable[int] = ()
+) -> dict[str, Callable]:
     """Hooks that replace the outputs of `heads` and of the MLPs of layers `mlps` by `values`.
 
     values: {hook name: tensor that broadcasts to that activation}. From `zero_outputs` this is zero ablation, from
@@ -89,10 +98,33 @@ def replace_outputs(values: dict[str, Tensor], heads: Iterable[Head] = (), mlps:
     for layer, chosen in by_layer.items():
         name = f"blocks.{layer}.attn.hook_z"
         hooks[name] = swap_heads(values[name], chosen)
-    for layer in mlps:
-        name = f"blocks.{layer}.hook_mlp_out"
-        hooks[name] = lambda out, new=values[name]: new.to(out).expand_as(out)
-    return hooks
+    return hooks | hold({name: values[name] for name in (f"blocks.{layer}.hook_mlp_out" for layer in mlps)})
+
+
+def hold(values: dict[str, Tensor]) -> dict[str, Callable]:
+    """Hooks that give activations the `values` they had in another pass, whatever they would be: {hook name: tensor}."""
+    return {name: lambda value, new=new: new.to(value).expand_as(value) for name, new in values.items()}
+
+
+def patch_positions(values: dict[str, Tensor], positions: Iterable[int]) -> dict[str, Callable]:
+    """Hooks that give activations [batch, pos, ...] the `values` they had in another pass at some positions only."""
+    positions = list(positions)
+
+    def patch(new: Tensor) -> Callable:
+        return lambda value: value.index_copy(1, torch.tensor(positions), new[:, positions].to(value))
+
+    return {name: patch(new) for name, new in values.items()}
+
+
+def keep_directions(name: str, mean: Tensor, directions: Tensor) -> dict[str, Callable]:
+    """A hook that leaves of an activation its mean [..., d_model] and what varies along `directions` [k, d_model],
+    which are orthonormal: with k = 1, one number at each position."""
+    return {name: lambda value: mean + (value - mean) @ directions.T @ directions}
+
+
+def remove_directions(name: str, mean: Tensor, directions: Tensor) -> dict[str, Callable]:
+    """The opposite of `keep_directions`: what varies along `directions` is taken away."""
+    return {name: lambda value: value - (value - mean) @ directions.T @ directions}
 
 
 @torch.no_grad()
@@ -111,24 +143,32 @@ def replace_qk(model: Transformer, layer: int, heads: Iterable[int], W_Q: Tensor
 
 
 @torch.no_grad()
-def pseudoinverse_qk(model: Transformer, layer: int, heads: Iterable[int], generator: torch.Generator) -> Transformer:
+def pseudoinverse_qk(
+    model: Transformer, layer: int, heads: Iterable[int], generator: torch.Generator
+) -> Transformer:
     """The paper's test of QK = I (section 4.6): W_Q is random, W_K^T its Moore-Penrose pseudoinverse.
 
     W_Q W_K^T is then the orthogonal projection onto a random d_head-dimensional subspace of R^d_model, the identity as
     nearly as rank d_head allows. Its scale does not depend on that of W_Q.
     """
     heads = list(heads)
-    W_Q = torch.randn(len(heads), model.config.d_model, model.config.d_head, generator=generator).to(model.embed.W_E)
+    W_Q = torch.randn(len(heads), model.config.d_model, model.config.d_head, generator=generator).to(
+        model.embed.W_E
+    )
     W_K = torch.linalg.pinv(W_Q).transpose(1, 2)  # [len(heads), d_model, d_head]
     return replace_qk(model, layer, heads, W_Q, W_K)
 
 
 @torch.no_grad()
-def random_qk(model: Transformer, layer: int, heads: Iterable[int], generator: torch.Generator) -> Transformer:
+def random_qk(
+    model: Transformer, layer: int, heads: Iterable[int], generator: torch.Generator
+) -> Transformer:
     """The control to `pseudoinverse_qk`: W_Q and W_K independent and random, their product as large (Frobenius) as the trained one."""
     heads = list(heads)
     shape = (len(heads), model.config.d_model, model.config.d_head)
     W_Q, W_K = (torch.randn(shape, generator=generator).to(model.embed.W_E) for _ in range(2))
     attn = model.blocks[layer].attn
     trained = (attn.W_Q[heads] @ attn.W_K[heads].transpose(1, 2)).norm(dim=(1, 2), keepdim=True)
-    return replace_qk(model, layer, heads, W_Q * trained / (W_Q @ W_K.transpose(1, 2)).norm(dim=(1, 2), keepdim=True), W_K)
+    return replace_qk(
+        model, layer, heads, W_Q * trained / (W_Q @ W_K.transpose(1, 2)).norm(dim=(1, 2), keepdim=True), W_K
+    )

@@ -36,7 +36,17 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 import data
-from model import Config, Transformer, check_settings, load_file, replacing, save_file, save_json, setting, settings_beside
+from model import (
+    Config,
+    Transformer,
+    check_settings,
+    load_file,
+    replacing,
+    save_file,
+    save_json,
+    setting,
+    settings_beside,
+)
 
 FILES = ("config.json", "checkpoint.pt", "weights.pt", "log.csv")
 COLUMNS = ("step", "loss", "eval_mse", "seconds")
@@ -59,10 +69,14 @@ class Options:
     weight_decay: float = setting(0.01, "weight decay of AdamW, on every parameter", zero=True)
     seed: int = setting(0, "decides the initial weights and the training data", zero=True)
     eval_every: int = setting(1000, "steps between two rows of log.csv")
-    dtype: str = setting("float32", "of the matrix products: float32 or bfloat16", choices=("float32", "bfloat16"))
+    dtype: str = setting(
+        "float32", "of the matrix products: float32 or bfloat16", choices=("float32", "bfloat16")
+    )
     tf32: bool = setting(False, "let CUDA round the factors of float32 products to TF32")
     no_steps: bool = setting(False, "keep no weights in steps/")
-    no_graphs: bool = setting(False, "launch every kernel of a step on CUDA, instead of replaying captured steps")
+    no_graphs: bool = setting(
+        False, "launch every kernel of a step on CUDA, instead of replaying captured steps"
+    )
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N")
     threads: int = setting(torch.get_num_threads(), "CPU threads")
     out: str = setting(os.path.join("runs", "paper"), "run folder")
@@ -76,13 +90,17 @@ class Options:
         if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
             raise ValueError(f"device must be cpu, cuda or cuda:N, not {self.device!r}")
         if kind == "cuda" and int(index or 0) >= (found := torch.cuda.device_count()):
-            raise ValueError(f"device {self.device!r} is not there: torch finds {found} CUDA devices; use cpu")
+            raise ValueError(
+                f"device {self.device!r} is not there: torch finds {found} CUDA devices; use cpu"
+            )
 
 
 def from_settings(settings: dict) -> tuple[Options, Config]:
     """Options and Config with the values in `settings`, a flat dict such as config.json holds, and defaults for the rest.
     ValueError if a value is out of its range."""
-    chosen = [{f.name: settings[f.name] for f in fields(kind) if f.name in settings} for kind in (Options, Config)]
+    chosen = [
+        {f.name: settings[f.name] for f in fields(kind) if f.name in settings} for kind in (Options, Config)
+    ]
     return Options(**chosen[0]), Config(**chosen[1])
 
 
@@ -101,7 +119,9 @@ class Run:
 
     def __init__(self, settings: dict):
         self.options, config = from_settings(settings)
-        self.settings = {k: v for k, v in (asdict(config) | asdict(self.options)).items() if k not in Options.SITTING}
+        self.settings = {
+            k: v for k, v in (asdict(config) | asdict(self.options)).items() if k not in Options.SITTING
+        }
         # Drawn on the CPU, so that they are the same on every device; the lengths too, so that the host knows them.
         self.lengths = torch.Generator().manual_seed(self.options.seed)
         self.model = Transformer(config, self.lengths).to(self.options.device)
@@ -138,14 +158,18 @@ class Run:
             raise ValueError(f"{path} is no checkpoint of train.py: it lacks {missing[0]!r}")
         for name, value in self.settings.items():
             if name != "steps" and name in state["settings"] and state["settings"][name] != value:
-                raise ValueError(f"{path} belongs to a run with {name} {state['settings'][name]}, not {value}")
+                raise ValueError(
+                    f"{path} belongs to a run with {name} {state['settings'][name]}, not {value}"
+                )
         if state["device"] != mine["device"]:
             raise ValueError(
                 f"{path} was written on {state['device']}, whose random streams differ from those of {mine['device']}: "
                 f"resume with --device {state['device']}"
             )
         if state["step"] > self.options.steps:
-            raise ValueError(f"{path} is already at step {state['step']:,}, beyond --steps {self.options.steps:,}")
+            raise ValueError(
+                f"{path} is already at step {state['step']:,}, beyond --steps {self.options.steps:,}"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
         self.lengths.set_state(state["lengths"])
@@ -161,7 +185,9 @@ class Run:
     def save_results(self):
         save_json(self.settings, self.path("config.json"))
         save_file(self.weights(), self.path("weights.pt"))
-        rows = [f"{step},{loss:.8g},{eval_mse:.8g},{seconds:.1f}" for step, loss, eval_mse, seconds in self.log]
+        rows = [
+            f"{step},{loss:.8g},{eval_mse:.8g},{seconds:.1f}" for step, loss, eval_mse, seconds in self.log
+        ]
         with replacing(self.path("log.csv")) as f:
             f.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
 
@@ -182,7 +208,9 @@ class Run:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{self.options.out} is in use by a run that is still alive: stop it first") from error
+            raise ValueError(
+                f"{self.options.out} is in use by a run that is still alive: stop it first"
+            ) from error
         except OSError:
             pass  # nor has this file system
 
@@ -211,7 +239,11 @@ def adamw(parameters: list[torch.Tensor], options: Options) -> torch.optim.AdamW
 
 def is_kept(step: int) -> bool:
     """Whether steps/ keeps the weights at this step: 0, 1, 2, 4, .. 512, then 1, 2 and 5 thousand, and so on."""
-    return step & (step - 1) == 0 if step <= 512 else step % 1000 == 0 and str(step).rstrip("0") in ("1", "2", "5")
+    return (
+        step & (step - 1) == 0
+        if step <= 512
+        else step % 1000 == 0 and str(step).rstrip("0") in ("1", "2", "5")
+    )
 
 
 def refuse_existing(out: str):
@@ -284,7 +316,9 @@ class Trainer:
     def sample(self, length: int) -> torch.Tensor:
         """A batch of sequences, [batch, length + 1, d_vocab], of a stack [runs, batch, length + 1, d_vocab]."""
         d_vocab = self.model.config.d_vocab
-        batches = [data.sample(self.options.batch_size, length, run.sequences, d_vocab).a for run in self.runs]
+        batches = [
+            data.sample(self.options.batch_size, length, run.sequences, d_vocab).a for run in self.runs
+        ]
         return torch.stack(batches) if self.stacked else batches[0]
 
     def loss(self, a: torch.Tensor) -> torch.Tensor:
@@ -314,7 +348,9 @@ class Trainer:
 
     def train_step(self) -> torch.Tensor:
         """One step of the paper's training, on a batch of one random length. Returns the loss on the device."""
-        length = torch.randint(data.MIN_LENGTH, data.MAX_LENGTH + 1, (), generator=self.runs[0].lengths).item()
+        length = torch.randint(
+            data.MIN_LENGTH, data.MAX_LENGTH + 1, (), generator=self.runs[0].lengths
+        ).item()
         if length not in self.graphs:
             return self.compute(length)
         self.graphs[length].replay()
@@ -340,14 +376,19 @@ class Trainer:
         """
         # Libraries set themselves up in steps that really run; what those change is put back.
         generators = [run.sequences for run in self.runs]
-        tensors = [*self.parameters, *(value for state in self.optimizer.state.values() for value in state.values())]
+        tensors = [
+            *self.parameters,
+            *(value for state in self.optimizer.state.values() for value in state.values()),
+        ]
         saved = [tensor.detach().clone() for tensor in tensors]
         states = [generator.get_state() for generator in generators]
         side = torch.cuda.Stream()
         try:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a capturable optimizer is slow where it is not captured
+                warnings.simplefilter(
+                    "ignore"
+                )  # that a capturable optimizer is slow where it is not captured
                 for length in data.LENGTHS:
                     loss = self.compute(length)
             torch.cuda.current_stream().wait_stream(side)
@@ -492,7 +533,9 @@ def train_all(settings: list[dict], resume: bool, start_missing: bool) -> bool:
     for run in runs:
         if run.step:
             print(f"resuming {run.options.out} at step {run.step:,}", flush=True)
-    if torch.device(runs[0].options.device).type == "cuda":  # a kill in the middle of saving may leave some runs ahead
+    if (
+        torch.device(runs[0].options.device).type == "cuda"
+    ):  # a kill in the middle of saving may leave some runs ahead
         groups = [[run for run in runs if run.step == step] for step in sorted({run.step for run in runs})]
     else:
         groups = [[run] for run in runs]
@@ -516,7 +559,12 @@ def benchmark(settings: dict, steps: int) -> str:
     AdamW over memory: parameters, gradients and two moments read, all but the gradients written.
     """
     run = Run(settings)
-    trainer, options, config, cuda = Trainer([run]), run.options, run.model.config, run.sequences.device.type == "cuda"
+    trainer, options, config, cuda = (
+        Trainer([run]),
+        run.options,
+        run.model.config,
+        run.sequences.device.type == "cuda",
+    )
     h, d, m, v = config.n_heads * config.d_head, config.d_model, config.d_mlp, config.d_vocab
     layers = [(v, d)] + config.n_layers * (3 * [(d, h)] + [(h, d), (d, m), (m, d)]) + [(d, v)]
     source = torch.randn(4 * sum(p.numel() for p in run.parameters), device=options.device)
@@ -526,7 +574,10 @@ def benchmark(settings: dict, steps: int) -> str:
         return torch.randn(rows, columns, device=options.device, dtype=getattr(torch, options.dtype))
 
     def products(length: int) -> Callable:
-        factors = [(random(options.batch_size * length, i), random(options.batch_size * length, o), random(i, o)) for i, o in layers]
+        factors = [
+            (random(options.batch_size * length, i), random(options.batch_size * length, o), random(i, o))
+            for i, o in layers
+        ]
 
         def multiply():
             for n, (x, y, W) in enumerate(factors):
@@ -574,13 +625,17 @@ def benchmark(settings: dict, steps: int) -> str:
         spent["step"] = sum(spent[name] for name in ("sampling", "forward", "backward", "AdamW"))
         rounds.append(spent)
 
-    times = {name: torch.tensor([spent[name] for spent in rounds[3:]]) for name in rounds[0]}  # the first three warm up
+    times = {
+        name: torch.tensor([spent[name] for spent in rounds[3:]]) for name in rounds[0]
+    }  # the first three warm up
     rows = [f"{'ms per step':14}{'median':>9}{'5%':>9}{'95%':>9}"]
     for name, values in times.items():
         rows.append(f"{name:14}" + "".join(f"{values.quantile(q).item():9.3f}" for q in (0.5, 0.05, 0.95)))
     best = times["captured step" if trainer.graphs else "step"].median().item()
     floor = (times["products"].median() + times["memory"].median()).item()
-    rows.append(f"{1e3 / best:.1f} steps per second; floor {floor:.3f} ms (products + memory), ratio {best / floor:.2f}")
+    rows.append(
+        f"{1e3 / best:.1f} steps per second; floor {floor:.3f} ms (products + memory), ratio {best / floor:.2f}"
+    )
     return "\n".join(rows)
 
 
@@ -593,7 +648,9 @@ class CommandLine(argparse.ArgumentParser):
 
     def __init__(self, doc: str):
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=doc, formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        super().__init__(
+            description=doc, formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
 
     def error(self, message: str):
         print(f"{self.prog}: error: {message}", file=sys.stderr)
@@ -641,7 +698,11 @@ def command_line() -> CommandLine:
             else:
                 text = f"{f.metadata['help']} (default: {f.default})"
                 group.add_argument(flag(f.name), type=types[f.type], help=text, metavar=f.type.__name__)
-    parser.add_argument("--seeds", type=seed_list, help="train several, such as 0-15, each into OUT/seed_NNNN; torchrun shares them out")
+    parser.add_argument(
+        "--seeds",
+        type=seed_list,
+        help="train several, such as 0-15, each into OUT/seed_NNNN; torchrun shares them out",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the out folder")
     text = f"train nothing: time the parts of a step, over --steps steps if given, else {BENCHMARK_STEPS}"
     parser.add_argument("--benchmark", action="store_true", help=text)
@@ -661,10 +722,16 @@ def keep_freed_memory():
 def main():
     parser = command_line()
     given = vars(parser.parse_args())
-    again = [part for name, value in given.items() if name not in ("resume", "seeds", "benchmark")
-             for part in (flag(name), *([] if value is True else [str(value)]))]
+    again = [
+        part
+        for name, value in given.items()
+        if name not in ("resume", "seeds", "benchmark")
+        for part in (flag(name), *([] if value is True else [str(value)]))
+    ]
     resume, seeds, bench = (given.pop(name, None) for name in ("resume", "seeds", "benchmark"))
-    rank, ranks, local_rank = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, ranks, local_rank = (
+        int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     if ranks > 1 and not seeds:
         parser.error("under torchrun give --seeds: a single run is trained by a single process")
     if ranks > 1 and torch.cuda.is_available() and given.get("device", "cuda") == "cuda":
@@ -677,7 +744,9 @@ def main():
     runs = [given]
     if seeds:
         again += ["--seeds", ",".join(map(str, seeds))]
-        runs = [given | {"seed": s, "out": os.path.join(options.out, f"seed_{s:04d}")} for s in seeds[rank::ranks]]
+        runs = [
+            given | {"seed": s, "out": os.path.join(options.out, f"seed_{s:04d}")} for s in seeds[rank::ranks]
+        ]
     if not runs:
         return  # more ranks than seeds
     if options.device.startswith("cuda"):
