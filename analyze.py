@@ -1,17 +1,17 @@
-"""Every figure and every number of the paper, and what the model really computes, from the weights of one run.
+"""Every figure and every number of the paper, and what the model really computes, from one run's weights.
 
-    python analyze.py --all                                     # everything, on the weights that ship, into figures/
-    python analyze.py --list                                    # what there is
-    python analyze.py --fig 8 --fig 10                          # some figures
+    python analyze.py --all                         # everything, on the weights that ship, into figures/
+    python analyze.py --list                        # what there is
+    python analyze.py --fig 8 --fig 10              # some figures
     python analyze.py --all --run runs/paper --out runs/paper/figures
-    python analyze.py --seeds runs/seeds --out runs/seeds/figures    # the claims on every run in runs/seeds/seed_*/
+    python analyze.py --seeds runs/seeds --out runs/seeds/figures    # every runs/seeds/seed_*, compared
     python analyze.py --seeds runs/seeds runs/gelu --out figures     # and settings beside one another
 
-In order: helpers and the Study (a model and the sequences it is studied on); the paper, section by section, each with
-its measures, claims and figures; what the model computes (ours); runs compared; the report and the command line.
-A claim is a function from a Study to a Finding under @claim; its docstring is its rule, which the report prints. A
-figure is a function from a Study to a matplotlib figure under @figure. One of your own needs nothing else. Circuits
-are those of the folded model and act from the right: x @ W_V @ W_O.
+In order: helpers and the Study (a model and the sequences it is studied on); the paper, section by section,
+each with its measures, claims and figures; what the model computes (ours); runs compared; the report and the
+command line. A claim is a function from a Study to a Finding under @claim; its docstring is its rule, which
+the report prints. A figure is a function from a Study to a matplotlib figure under @figure. One of your own
+needs nothing else. Circuits are those of the folded model and act from the right: x @ W_V @ W_O.
 """
 
 import copy
@@ -121,7 +121,8 @@ def verdict(full, part=False) -> str:
 
 
 def fit_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Slope, intercept and R^2 of the least squares line through the points (x_d, y_d), d over the last dimension."""
+    """Slope, intercept and R^2 of the least squares line through the points (x_d, y_d), d over the last
+    dimension."""
     x_mean, y_mean = x.mean(-1, keepdim=True), y.mean(-1, keepdim=True)
     dx, dy = x - x_mean, y - y_mean
     xx, yy, xy = (dx * dx).sum(-1), (dy * dy).sum(-1), (dx * dy).sum(-1)
@@ -130,8 +131,8 @@ def fit_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def regress(y: Tensor, *xs: Tensor) -> tuple[list[float], float]:
-    """Coefficients of the least squares fit y ~ sum_i coefficient_i x_i over all elements, without a constant, and
-    its R^2 = 1 - |residual|^2 / |y|^2."""
+    """Coefficients of the least squares fit y ~ sum_i coefficient_i x_i over all elements, without a
+    constant, and its R^2 = 1 - |residual|^2 / |y|^2."""
     X = torch.stack([x.double().flatten() for x in xs], 1)
     y = y.double().flatten()
     coefficients = torch.linalg.solve(X.T @ X, X.T @ y)
@@ -161,17 +162,20 @@ def median_interval(values: Tensor) -> list[float]:
 
 
 def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """MSE of each sequence over the predictable positions: [batch, pos, d_vocab] -> [batch]. Its mean is data.mse."""
+    """MSE of each sequence over the predictable positions: [batch, pos, d_vocab] -> [batch]. Its mean is
+    data.mse."""
     return ((prediction - target)[:, FIRST_POSITION:] ** 2).mean((1, 2))
 
 
 def recent(x: Tensor, lag: int) -> Tensor:
-    """a_{n-lag} for the predictable positions n = 2 .., of inputs x [batch, pos, ...]: [batch, pos - 2, ...]."""
+    """a_{n-lag} for the predictable positions n = 2 .., of inputs x [batch, pos, ...]: [batch, pos - 2,
+    ...]."""
     return x[:, FIRST_POSITION - lag : x.shape[1] - lag]
 
 
 def neighbours(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a_{n+1}, a_n and a_{n-1} for n = 2 .., each [batch, pos - 2, d_vocab], of sequences a [batch, pos + 1, d_vocab]."""
+    """a_{n+1}, a_n and a_{n-1} for n = 2 .., each [batch, pos - 2, d_vocab], of sequences a [batch, pos + 1,
+    d_vocab]."""
     return a[:, FIRST_POSITION + 1 :], recent(a[:, :-1], 0), recent(a[:, :-1], 1)
 
 
@@ -189,7 +193,8 @@ class Study:
         self.layers, self.heads = range(self.model.config.n_layers), range(self.model.config.n_heads)
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A random stream of its own for each purpose, so that a number does not depend on what else is computed."""
+        """A random stream of its own for each purpose, so that a number does not depend on what else is
+        computed."""
         return torch.Generator().manual_seed(random.Random(f"{self.seed} {purpose}").getrandbits(62))
 
     def draw(self, purpose: str, size: int, c_range: tuple[float, float] = (-2.0, 2.0)) -> data.Sample:
@@ -239,8 +244,8 @@ class Study:
 
     @functools.cached_property
     def test_activations(self) -> dict[str, Tensor]:
-        """What interventions on the test sequences start from: hook_resid_pre of every layer and after the last one,
-        and the final scale."""
+        """What interventions on the test sequences start from: hook_resid_pre of every layer and after the
+        last one, and the final scale."""
         names, post = (
             [f"blocks.{l}.hook_resid_pre" for l in self.layers],
             f"blocks.{len(self.layers) - 1}.hook_resid_post",
@@ -257,10 +262,12 @@ class Study:
         kept: dict[str, list[Tensor]] | None = None,
         count: int | None = None,
     ) -> Tensor:
-        """MSE of each of the first `count` test sequences, under an intervention that changes nothing before `layer`.
+        """MSE of each of the first `count` test sequences, under an intervention that changes nothing before
+        `layer`.
 
-        held: activations [size, ...] that take the place of what they would be; kept: lists to which activations are
-        added. 100 sequences at a time: the activations of so many stay in the processor's cache.
+        held: activations [size, ...] that take the place of what they would be; kept: lists to which
+        activations are added. 100 sequences at a time: the activations of so many stay in the processor's
+        cache.
         """
         errors = []
         for part in torch.arange(self.size)[:count].split(100):
@@ -280,7 +287,8 @@ class Study:
         return self.errors()
 
     def compare(self, errors: Tensor) -> dict:
-        """MSE of an arm, its ratio to the unchanged model's and the interval of their difference, on the same sequences."""
+        """MSE of an arm, its ratio to the unchanged model's and the interval of their difference, on the same
+        sequences."""
         difference = bootstrap(errors - self.baseline, self.generator("compare"))
         return {
             "mse": errors.mean(),
@@ -299,7 +307,8 @@ class Study:
 
 
 def open_study(run: str, seed: int) -> Study:
-    """The study of a run folder. FileNotFoundError or ValueError without weights.pt and log.csv as train.py writes them."""
+    """The study of a run folder. FileNotFoundError or ValueError without weights.pt and log.csv as train.py
+    writes them."""
     if not os.path.isdir(run):
         raise FileNotFoundError(
             f"there is no run folder {run}: give one with weights.pt and log.csv, such as weights"
@@ -310,7 +319,8 @@ def open_study(run: str, seed: int) -> Study:
 
 
 def read_log(path: str) -> np.ndarray:
-    """log.csv of a run as a structured array. FileNotFoundError or ValueError unless it is one, with finite numbers."""
+    """log.csv of a run as a structured array. FileNotFoundError or ValueError unless it is one, with finite
+    numbers."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no training log at {path}")
     with warnings.catch_warnings(), open(path, errors="replace") as f:
@@ -360,8 +370,8 @@ def grid(rows: int, columns: int, width: float, height: float, title: str, **opt
 
 
 def heat(axes, matrix: Tensor, limit: float | None = None):
-    """A heat map, with the values written in where they are few: diverging about 0 with the range [-limit, limit],
-    blue positive as in the paper, or attention from 0 to 1 where `limit` is None."""
+    """A heat map, with the values written in where they are few: diverging about 0 with the range [-limit,
+    limit], blue positive as in the paper, or attention from 0 to 1 where `limit` is None."""
     low, high = (0, 1) if limit is None else (-limit, limit)
     image = axes.imshow(matrix.numpy(), cmap="Blues" if limit is None else "RdBu", vmin=low, vmax=high)
     axes.spines[:].set_visible(True)
@@ -397,7 +407,7 @@ def figure_sequences(study: Study):
         i = pick(study.population, c)
         axes.plot(study.population.a[i, :, :8], marker=".")
         axes.axhline(0, color="0.8", zorder=0)
-        axes.set(title=f"{kind}: c = {study.population.c[i]:.2f}", xlabel="n")
+        axes.set(title=f"{kind}: c = {study.population.c[i]:.2f}", xlabel="n", xticks=range(0, 15, 2))
     panels[0].set_ylabel("component of $a_n$")
     return canvas
 
@@ -416,8 +426,9 @@ PREDICTORS = {  # label and line of each of `predictor_errors`
 
 
 def predictor_errors(study: Study, a: Tensor) -> dict[str, Tensor]:
-    """Squared error of the model and of what to compare it with, mean over d_vocab: sequences a [batch, pos + 1,
-    d_vocab] -> {name: [batch, pos - 2]}. The linear one has fixed coefficients, fitted to the population."""
+    """Squared error of the model and of what to compare it with, mean over d_vocab: sequences a [batch, pos +
+    1, d_vocab] -> {name: [batch, pos - 2]}. The linear one has fixed coefficients, fitted to the
+    population."""
     target, last, before = neighbours(a)
     (beta, alpha), _ = regress(*neighbours(study.population.a))
     predictions = {
@@ -432,9 +443,9 @@ def predictor_errors(study: Study, a: Tensor) -> dict[str, Tensor]:
 
 @claim("MSE after training", paper=1e-4, figure=2, unit="MSE")
 def claim_mse(study: Study) -> Finding:
-    """Mean over the lengths 3 to 14 of the MSE over the predictions of a_3 and later, weights of the last step, new
-    sequences. At most 2e-4, twice the paper's value, since with a constant learning rate the MSE wanders by such a
-    factor between evaluations; partly up to 1e-3."""
+    """Mean over the lengths 3 to 14 of the MSE over the predictions of a_3 and later, weights of the last
+    step, new sequences. At most 2e-4, twice the paper's value, since with a constant learning rate the MSE
+    wanders by such a factor between evaluations; partly up to 1e-3."""
     samples = data.held_out(
         HELD_OUT_PER_LENGTH * study.size // POPULATION, study.generator("held out").initial_seed()
     )
@@ -548,7 +559,8 @@ def figure_out_of_distribution(study: Study):
 
 
 def previous_token_score(pattern: Tensor) -> Tensor:
-    """Mean attention from positions 1.. to the one before, by head: [batch, n_heads, dest, src] -> [n_heads]."""
+    """Mean attention from positions 1.. to the one before, by head: [batch, n_heads, dest, src] ->
+    [n_heads]."""
     return pattern.diagonal(-1, dim1=-2, dim2=-1).mean((0, 2))
 
 
@@ -558,17 +570,19 @@ def second_token_score(pattern: Tensor) -> Tensor:
 
 
 def uniform_pattern(positions: int) -> Tensor:
-    """Attention spread evenly over all sources, [1, 1, positions, positions]: what the scores are measured against."""
+    """Attention spread evenly over all sources, [1, 1, positions, positions]: what the scores are measured
+    against."""
     ones = torch.ones(positions, positions).tril()
     return (ones / ones.sum(-1, keepdim=True))[None, None]
 
 
 def alternation(pattern: Tensor) -> dict[str, Tensor]:
-    """How far attention alternates from source to source, in rows n >= 6 over the sources 2..n, by head: {..: [n_heads]}.
+    """How far attention alternates from source to source, in rows n >= 6 over the sources 2..n, by head: {..:
+    [n_heads]}.
 
-    "share": of the row's variance, what lies along (-1)^s. "by distance" and "by source": that amplitude in units of
-    attention, mean over rows, with the sign (-1)^(n-s), the same in all rows if similar vectors attend to each other,
-    and with (-1)^s, the same if all rows prefer the same columns.
+    "share": of the row's variance, what lies along (-1)^s. "by distance" and "by source": that amplitude in
+    units of attention, mean over rows, with the sign (-1)^(n-s), the same in all rows if similar vectors
+    attend to each other, and with (-1)^s, the same if all rows prefer the same columns.
     """
     shares, by_distance, by_source = [], [], []
     for n in range(6, pattern.shape[-1]):
@@ -588,8 +602,8 @@ def alternation(pattern: Tensor) -> dict[str, Tensor]:
     "layer 0 heads, all but one, attend to the previous vector", "7 of 8 heads", figure=3, unit="attention"
 )
 def claim_l0_prev_token(study: Study) -> Finding:
-    """Attention from positions 1 to 13 to the one before, by head. More than half of the attention in all heads but
-    one; partly in more than half of the heads."""
+    """Attention from positions 1 to 13 to the one before, by head. More than half of the attention in all
+    heads but one; partly in more than half of the heads."""
     score = previous_token_score(study.activations["blocks.0.attn.hook_pattern"])
     heads, n_heads = int((score > 0.5).sum()), len(study.heads)
     control = {
@@ -603,8 +617,9 @@ def claim_l0_prev_token(study: Study) -> Finding:
 
 @claim("most layer 1 heads attend to the second vector", "most", figure=4, unit="attention", layers=2)
 def claim_l1_second_token(study: Study) -> Finding:
-    """Attention from positions 3 to 13 to position 1, by head. In more than half of the heads it is the most attended
-    position, with at least twice what uniform attention gives; partly in more than a quarter of them."""
+    """Attention from positions 3 to 13 to position 1, by head. In more than half of the heads it is the most
+    attended position, with at least twice what uniform attention gives; partly in more than a quarter of
+    them."""
     pattern = study.activations["blocks.1.attn.hook_pattern"]
     score, n_heads = second_token_score(pattern), len(study.heads)
     uniform, favourite = (
@@ -625,10 +640,10 @@ def claim_l1_second_token(study: Study) -> Finding:
     layers=3,
 )
 def claim_l2_checkerboard(study: Study) -> Finding:
-    """Share of a row's variance over the sources 2..n that alternates from source to source, rows 6 to 13, mean over
-    sequences with c in [-1.1, -0.9], by head. A head shows a checkerboard if that is at least one half, and none on
-    others if it is at most half as much for c in [0.9, 1.1]. Both in more than half of the heads; partly if the first
-    is so in more than half of them, or both in at least two."""
+    """Share of a row's variance over the sources 2..n that alternates from source to source, rows 6 to 13,
+    mean over sequences with c in [-1.1, -0.9], by head. A head shows a checkerboard if that is at least one
+    half, and none on others if it is at most half as much for c in [0.9, 1.1]. Both in more than half of the
+    heads; partly if the first is so in more than half of them, or both in at least two."""
     name, n_heads = "blocks.2.attn.hook_pattern", len(study.heads)
     here, there = (
         alternation(study.record(s.a[:, :-1], name)[name]) for s in (study.alternating, study.steady)
@@ -720,11 +735,11 @@ def direct_attribution(
 ) -> Tensor:
     """Direct logit attribution: <ln_final(component) W_U, target>.
 
-    component: what something adds to the residual stream, [batch, pos, ..., d_model]; target [batch, pos, d_vocab].
-    scale None is the paper's text: ln_final normalises the component by itself, and so forgets how large it is. With
-    scale = ln_final.hook_scale [batch, pos, 1] the component is divided as the residual stream as a whole is: the
-    field's standard, in which all components and the biases ln_final.b W_U + b_U add up to <output, target>.
-    Returns [batch, pos, ...].
+    component: what something adds to the residual stream, [batch, pos, ..., d_model]; target [batch, pos,
+    d_vocab]. scale None is the paper's text: ln_final normalises the component by itself, and so forgets how
+    large it is. With scale = ln_final.hook_scale [batch, pos, 1] the component is divided as the residual
+    stream as a whole is: the field's standard, in which all components and the biases ln_final.b W_U + b_U
+    add up to <output, target>. Returns [batch, pos, ...].
     """
     ln = model.ln_final
     if scale is None:
@@ -737,8 +752,9 @@ def direct_attribution(
 
 
 def attributions(study: Study, hook: str) -> dict[str, Tensor]:
-    """Population mean of `direct_attribution` of what is at a hook point of each layer, {reading: [n_layers, ..., pos]}:
-    the paper's reading and the standard one, each to the next vector a_{m+1} and to the step a_{m+1} - a_m."""
+    """Population mean of `direct_attribution` of what is at a hook point of each layer, {reading: [n_layers,
+    ..., pos]}: the paper's reading and the standard one, each to the next vector a_{m+1} and to the step
+    a_{m+1} - a_m."""
     a, kept = study.population.a, study.activations
     targets = {"next": a[:, 1:], "step": a[:, 1:] - a[:, :-1]}
     scales = {"paper": None, "standard": kept["ln_final.hook_scale"]}
@@ -762,9 +778,10 @@ def attributions(study: Study, hook: str) -> dict[str, Tensor]:
     layers=3,
 )
 def claim_dla_sign(study: Study) -> Finding:
-    """Mean over positions 2 to 13, ln_final on the head's output alone (the paper's reading), target a_{m+1}; then the
-    same for a_{m+1} - a_m. Averaged over the heads layer 0 is positive, layer 2 negative and layer 1 at most a quarter
-    of the largest, for both targets; partly if layer 0 is positive and layer 2 negative for both."""
+    """Mean over positions 2 to 13, ln_final on the head's output alone (the paper's reading), target a_{m+1};
+    then the same for a_{m+1} - a_m. Averaged over the heads layer 0 is positive, layer 2 negative and layer 1
+    at most a quarter of the largest, for both targets; partly if layer 0 is positive and layer 2 negative for
+    both."""
     found = attributions(study, "attn.hook_result")
     by_head = {name: value[..., FIRST_POSITION:].mean(-1) for name, value in found.items()}
     by_layer = {name: value.mean(1) for name, value in by_head.items()}
@@ -818,31 +835,35 @@ def qk_circuit(model: Transformer, layer: int) -> Tensor:
 
 
 def full_ov_circuit(model: Transformer, layer: int) -> Tensor:
-    """W_E W_V W_O W_U of each head, [n_heads, d_vocab, d_vocab]: the same between data vectors, LayerNorm left out."""
+    """W_E W_V W_O W_U of each head, [n_heads, d_vocab, d_vocab]: the same between data vectors, LayerNorm
+    left out."""
     return model.embed.W_E @ ov_circuit(model, layer) @ model.unembed.W_U
 
 
 def full_qk_circuit(model: Transformer, layer: int) -> Tensor:
-    """W_E W_Q W_K^T W_E^T of each head, [n_heads, d_vocab, d_vocab]: the score between data vectors, without LayerNorm."""
+    """W_E W_Q W_K^T W_E^T of each head, [n_heads, d_vocab, d_vocab]: the score between data vectors, without
+    LayerNorm."""
     return model.embed.W_E @ qk_circuit(model, layer) @ model.embed.W_E.T
 
 
 def outside_share(x: Tensor, W_E: Tensor) -> Tensor:
-    """Share of the norm of x [..., d_model] outside the span of the rows of W_E [d_vocab, d_model], in [0, 1]."""
+    """Share of the norm of x [..., d_model] outside the span of the rows of W_E [d_vocab, d_model], in [0,
+    1]."""
     _, s, V_T = torch.linalg.svd(W_E, full_matrices=False)
     V_T = V_T[s > s[0] * 1e-5]  # a basis of the span, also when the rows are dependent
     return (x - x @ V_T.T @ V_T).norm(dim=-1) / x.norm(dim=-1)
 
 
 def random_vectors(study: Study) -> Tensor:
-    """Gaussian vectors, as many as there are residual stream vectors in the population, [size, 14, d_model]."""
+    """Gaussian vectors, as many as there are residual stream vectors in the population, [size, 14,
+    d_model]."""
     shape = (study.size, MAX_LENGTH, study.model.config.d_model)
     return torch.randn(shape, generator=study.generator("random vectors"))
 
 
 def copied(study: Study, resid: Tensor) -> tuple[Tensor, Tensor]:
-    """What layer 0's heads read and what all of them would write, between data vectors: residual stream vectors
-    [..., d_model] -> their data coordinates x W_E^+ and ln1(x) OV W_U, each [..., d_vocab]."""
+    """What layer 0's heads read and what all of them would write, between data vectors: residual stream
+    vectors [..., d_model] -> their data coordinates x W_E^+ and ln1(x) OV W_U, each [..., d_vocab]."""
     model = study.model
     normalised = F.layer_norm(resid, resid.shape[-1:], eps=model.config.eps)
     return resid @ torch.linalg.pinv(model.embed.W_E), normalised @ ov_circuit(model, 0).sum(
@@ -851,10 +872,11 @@ def copied(study: Study, resid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Slope, intercept and R^2 of what the OV circuits of layer 0 make of vectors, a line a vector, {reading: ..}.
+    """Slope, intercept and R^2 of what the OV circuits of layer 0 make of vectors, a line a vector, {reading:
+    ..}.
 
-    The measured reading, "data vectors", is the points (a_d, (ln1(x) OV W_U)_d) over the data dimensions, for vectors
-    of norm at least 1; after ln1 the others are mostly position embedding.
+    The measured reading, "data vectors", is the points (a_d, (ln1(x) OV W_U)_d) over the data dimensions, for
+    vectors of norm at least 1; after ln1 the others are mostly position embedding.
     """
     model, a, resid = study.model, study.population.a[:, :-1], study.activations["blocks.0.hook_resid_pre"]
     ov, large = ov_circuit(model, 0), a.norm(dim=-1) >= 1
@@ -872,8 +894,8 @@ def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 
 
 def layer_0_adds(study: Study, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Slope, intercept and R^2 of the residual stream after layer 0, unembedded, against a_{n-1}, where that has norm
-    at least 1: a line for each n >= 2 of the sequences a [batch, pos + 1, d_vocab]."""
+    """Slope, intercept and R^2 of the residual stream after layer 0, unembedded, against a_{n-1}, where that
+    has norm at least 1: a line for each n >= 2 of the sequences a [batch, pos + 1, d_vocab]."""
     resid = study.record(a[:, :-1], "blocks.0.hook_resid_post")["blocks.0.hook_resid_post"]
     before = recent(a[:, :-1], 1)
     large = before.norm(dim=-1) >= 1
@@ -897,8 +919,8 @@ def ov_control(study: Study, part: int) -> dict:
 
 @claim("layer 0 OV is linear on residual stream vectors: R^2", 0.83, figure=8, unit="R^2")
 def claim_l0_ov_r2(study: Study) -> Finding:
-    """Median over vectors of norm at least 1 of the R^2 of (a_d, (ln1(x) OV W_U)_d), OV summed over heads. Nearly
-    linear: at least the paper's value less 0.1; partly if at least 0.5."""
+    """Median over vectors of norm at least 1 of the R^2 of (a_d, (ln1(x) OV W_U)_d), OV summed over heads.
+    Nearly linear: at least the paper's value less 0.1; partly if at least 0.5."""
     r2, control = ov_fits(study)["data vectors"][2], ov_control(study, 2)
     measured = r2.median()
     values = {
@@ -910,7 +932,8 @@ def claim_l0_ov_r2(study: Study) -> Finding:
 
 @claim("its slope", [2.1, 2.5], figure=8, unit="slope")
 def claim_l0_ov_slope(study: Study) -> Finding:
-    """Median slope over the same vectors. Within the paper's 2.1 to 2.5; partly within a factor of two of that."""
+    """Median slope over the same vectors. Within the paper's 2.1 to 2.5; partly within a factor of two of
+    that."""
     slope, control = ov_fits(study)["data vectors"][0], ov_control(study, 0)
     measured = slope.median()
     how = verdict(2.1 <= measured <= 2.5, 1.05 <= measured <= 5)
@@ -920,8 +943,9 @@ def claim_l0_ov_slope(study: Study) -> Finding:
 
 @claim("its intercept", "near 0", figure=8, unit="intercept / root mean square")
 def claim_l0_ov_intercept(study: Study) -> Finding:
-    """Intercepts over the same vectors, relative to the root mean square of (ln1(x) OV W_U)_d. At most a tenth in 95%
-    of the vectors; partly if so on average. (In d_model coordinates it is 0 by construction on a folded model.)"""
+    """Intercepts over the same vectors, relative to the root mean square of (ln1(x) OV W_U)_d. At most a
+    tenth in 95% of the vectors; partly if so on average. (In d_model coordinates it is 0 by construction on a
+    folded model.)"""
     large = study.population.a[:, :-1].norm(dim=-1) >= 1
     written = copied(study, study.activations["blocks.0.hook_resid_pre"])[1][large]
     intercept = ov_fits(study)["data vectors"][1] / written.pow(2).mean().sqrt()
@@ -933,8 +957,9 @@ def claim_l0_ov_intercept(study: Study) -> Finding:
 
 @claim("the same R^2 on random vectors, lower", 0.598, figure=10, unit="R^2")
 def claim_l0_ov_r2_random(study: Study) -> Finding:
-    """Median R^2 of (x W_E^+, ln1(x) OV W_U) over Gaussian vectors x in R^d_model. Lower than that of residual stream
-    vectors by at least 0.1, and still at least 0.25, a visible correlation; partly if only one of the two."""
+    """Median R^2 of (x W_E^+, ln1(x) OV W_U) over Gaussian vectors x in R^d_model. Lower than that of
+    residual stream vectors by at least 0.1, and still at least 0.25, a visible correlation; partly if only
+    one of the two."""
     fits = ov_fits(study)
     r2 = fits["random vectors"][2].flatten()
     measured, resid = r2.median(), fits["data vectors"][2].median()
@@ -953,8 +978,8 @@ def claim_l0_ov_r2_random(study: Study) -> Finding:
 )
 def claim_l0_orthogonal(study: Study) -> Finding:
     """Mean over residual stream vectors, OV summed over heads. Within 0.05 of 0.8415, and above what a random
-    direction has, since a share below that would say that the circuit prefers the embedding space; partly if only the
-    number agrees."""
+    direction has, since a share below that would say that the circuit prefers the embedding space; partly if
+    only the number agrees."""
     W_E, resid = study.model.embed.W_E, study.activations["blocks.0.hook_resid_pre"]
     ov, x = ov_circuit(study.model, 0).sum(0), random_vectors(study)
     share, chance = outside_share(resid @ ov, W_E).mean(1), outside_share(x, W_E).mean()
@@ -1000,8 +1025,8 @@ def figure_ov_layer_0_resid(study: Study):
     panels[1, 1].hist(r2, bins=np.linspace(0, 1, 61), color=TRUTH)
     panels[1, 1].axvline(0.83, color="0.6", ls="--", label="paper: 0.83")
     panels[1, 1].set(title=f"$R^2$, median {r2.median():.2f}", xlabel="$R^2$ of the line", ylabel="vectors")
-    for axes in panels[1]:
-        axes.legend(loc="upper left")
+    panels[1, 0].legend(loc="upper right")
+    panels[1, 1].legend(loc="upper left")
     return canvas
 
 
@@ -1041,18 +1066,19 @@ def figure_ov_layer_0_random(study: Study):
 
 
 def effective_rank(matrix: Tensor) -> Tensor:
-    """Participation ratio of the singular values, (sum s)^2 / sum s^2, of matrices [..., m, n]: 1 for rank one, n for
-    an n x n rotation."""
+    """Participation ratio of the singular values, (sum s)^2 / sum s^2, of matrices [..., m, n]: 1 for rank
+    one, n for an n x n rotation."""
     s = torch.linalg.svdvals(matrix.double())
     return (s.sum(-1) ** 2 / (s**2).sum(-1)).float()
 
 
 def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
-    """MSE of each test sequence with all heads, or the MLP, of a layer ablated, {"layer 1 heads": {kind: [size]}}.
+    """MSE of each test sequence with all heads, or the MLP, of a layer ablated, {"layer 1 heads": {kind:
+    [size]}}.
 
-    "mean" is at each position, "mean over positions" one vector for all, "zero" leaves b_O (with the folded value
-    biases). "mean, clean scale" gives ln_final the scale it has without the ablation; "scale alone" is the unchanged
-    model with only the scale of the mean-ablated one.
+    "mean" is at each position, "mean over positions" one vector for all, "zero" leaves b_O (with the folded
+    value biases). "mean, clean scale" gives ln_final the scale it has without the ablation; "scale alone" is
+    the unchanged model with only the scale of the mean-ablated one.
     """
     scale, found = "ln_final.hook_scale", {}
     values = {
@@ -1078,7 +1104,8 @@ def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
 
 
 def head_ablations(study: Study, values: dict[str, Tensor]) -> Tensor:
-    """MSE with the output of each head replaced by `values`, relative to the unchanged model, [n_layers, n_heads]."""
+    """MSE with the output of each head replaced by `values`, relative to the unchanged model, [n_layers,
+    n_heads]."""
     hooks = [[interventions.replace_outputs(values, [(l, h)]) for h in study.heads] for l in study.layers]
     means = [[study.errors(l, hook, count=HEAD_ABLATION).mean() for hook in hooks[l]] for l in study.layers]
     return torch.tensor(means) / study.baseline[:HEAD_ABLATION].mean()
@@ -1086,9 +1113,9 @@ def head_ablations(study: Study, values: dict[str, Tensor]) -> Tensor:
 
 @claim("MSE with all layer 1 heads mean-ablated, from 1e-4", 2e-4, figure=4, unit="MSE / unchanged", layers=2)
 def claim_l1_mean_ablation(study: Study) -> Finding:
-    """Means at each position over the population, MSE on other sequences. All heads of layer 1 at once multiply it by
-    at most 4 (the paper's factor is 2); partly if only in one of the two other readings, every head by itself, or all
-    at once with ln_final's scale held at its clean value."""
+    """Means at each position over the population, MSE on other sequences. All heads of layer 1 at once
+    multiply it by at most 4 (the paper's factor is 2); partly if only in one of the two other readings, every
+    head by itself, or all at once with ln_final's scale held at its clean value."""
     arms, before = study.ablations, study.baseline.mean()
     factors = {name: {kind: e.mean() / before for kind, e in kinds.items()} for name, kinds in arms.items()}
     together, held = (factors["layer 1 heads"][kind] for kind in ("mean", "mean, clean scale"))
@@ -1106,8 +1133,8 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
 
 @claim("OV of layer 1 head 0 has low effective rank", "low", figure=11, unit="effective rank", layers=2)
 def claim_l1_ov_effective_rank(study: Study) -> Finding:
-    """Participation ratio of the singular values. At most half of what an untrained head has; partly if at least a
-    tenth less than that and less than the mean of the last layer."""
+    """Participation ratio of the singular values. At most half of what an untrained head has; partly if at
+    least a tenth less than that and less than the mean of the last layer."""
     ranks = torch.stack([effective_rank(ov_circuit(study.model, l)) for l in study.layers])
     untrained = effective_rank(ov_circuit(study.untrained.model, 1)).mean()
     s = torch.linalg.svdvals(ov_circuit(study.model, 1)[0])
@@ -1122,7 +1149,8 @@ def claim_l1_ov_effective_rank(study: Study) -> Finding:
 
 
 def draw_circuit(circuits: Tensor, title: str, xlabel: str, ylabel: str):
-    """The circuits of a layer, [n_heads, d_model, d_model]: head 0 large, the others small beside it, one colour scale."""
+    """The circuits of a layer, [n_heads, d_model, d_model]: head 0 large, the others small beside it, one
+    colour scale."""
     canvas = plt.figure(figsize=(11, 4.6), layout="constrained")
     canvas.suptitle(title)
     width = len(circuits) // 2
@@ -1158,8 +1186,8 @@ def figure_ov_layer_1(study: Study):
 
 
 def identity_cosine(matrix: Tensor) -> Tensor:
-    """Cosine between square matrices [..., n, n] and I: trace / (Frobenius norm * sqrt(n)), in [-1, 1]; at most
-    sqrt(r / n) for rank r."""
+    """Cosine between square matrices [..., n, n] and I: trace / (Frobenius norm * sqrt(n)), in [-1, 1]; at
+    most sqrt(r / n) for rank r."""
     n = matrix.shape[-1]
     return matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / (matrix.norm(dim=(-2, -1)) * n**0.5)
 
@@ -1176,7 +1204,8 @@ def eigenvalue_score(circuit: Tensor) -> Tensor:
 
 
 def ov_eigenvalue_scores(model: Transformer) -> Tensor:
-    """Eigenvalue score of W_V W_O, [n_layers, n_heads] (Figure 15), from the d_head x d_head product W_O W_V."""
+    """Eigenvalue score of W_V W_O, [n_layers, n_heads] (Figure 15), from the d_head x d_head product W_O
+    W_V."""
     return torch.stack([eigenvalue_score(block.attn.W_O @ block.attn.W_V) for block in model.blocks])
 
 
@@ -1196,15 +1225,16 @@ def identity_finding(study: Study, circuit: Callable, full_circuit: Callable, si
 
 @claim("OV is like -I in every layer 2 head", "yes", figure=12, unit="cosine with I", layers=3)
 def claim_l2_ov_identity(study: Study) -> Finding:
-    """Cosine between W_V W_O and I. At most -0.25 in every head, which is where the diagonal of a 128 x 128 matrix
-    stands three standard deviations out from the other entries, a stripe; partly in more than half of them."""
+    """Cosine between W_V W_O and I. At most -0.25 in every head, which is where the diagonal of a 128 x 128
+    matrix stands three standard deviations out from the other entries, a stripe; partly in more than half of
+    them."""
     return identity_finding(study, ov_circuit, full_ov_circuit, -1)
 
 
 @claim("QK is like +I in every layer 2 head", "yes", figure=13, unit="cosine with I", layers=3)
 def claim_l2_qk_identity(study: Study) -> Finding:
-    """Cosine between W_Q W_K^T and I. At least 0.25 in every head, where the diagonal is a stripe; partly in more than
-    half of them."""
+    """Cosine between W_Q W_K^T and I. At least 0.25 in every head, where the diagonal is a stripe; partly in
+    more than half of them."""
     return identity_finding(study, qk_circuit, full_qk_circuit, +1)
 
 
@@ -1220,7 +1250,8 @@ def figure_qk_layer_2(study: Study):
 
 
 def lens(study: Study, hook: str) -> Tensor:
-    """Residual stream at a hook point, unembedded as if it were the last (logit lens), [batch, pos, d_vocab]."""
+    """Residual stream at a hook point, unembedded as if it were the last (logit lens), [batch, pos,
+    d_vocab]."""
     return study.model.run_from(len(study.layers), study.activations[hook])
 
 
@@ -1231,9 +1262,9 @@ def lens(study: Study, hook: str) -> Tensor:
     unit="explained share",
 )
 def claim_lens_after_l0(study: Study) -> Finding:
-    """1 - MSE / MSE of predicting 0, positions 2 to 13. A fair estimate: at least nine tenths of what the best fixed
-    linear predictor from a_n and a_{n-1} explains; partly if, multiplied by the best constant, it explains at least
-    half: the right shape in the wrong size."""
+    """1 - MSE / MSE of predicting 0, positions 2 to 13. A fair estimate: at least nine tenths of what the
+    best fixed linear predictor from a_n and a_{n-1} explains; partly if, multiplied by the best constant, it
+    explains at least half: the right shape in the wrong size."""
     target, after = study.population.a[:, 1:], lens(study, "blocks.0.hook_resid_post")
     nothing = squared_errors(torch.zeros_like(target), target).mean()
     explained = lambda prediction: 1 - squared_errors(prediction, target).mean() / nothing
@@ -1281,7 +1312,7 @@ def figure_lens_after_layer_0(study: Study):
                 axes.plot(range(FIRST_POSITION, MAX_LENGTH), y[i, :, dimension], label=label, **line)
             axes.axhline(0, color="0.9", zorder=0)
             axes.set_title(f"c = {study.population.c[i]:.2f}, dimension {dimension}")
-    canvas.supxlabel("position", fontsize=9)
+        panels[1, column].set_xlabel("position")
     canvas.supylabel("component", fontsize=9)
     canvas.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return canvas
@@ -1291,8 +1322,8 @@ def figure_lens_after_layer_0(study: Study):
     "OV eigenvalue scores: layer 2 copies negatively", "layer 2 negative", figure=15, unit="score", layers=3
 )
 def claim_eigenvalue_score(study: Study) -> Finding:
-    """sum(lambda) / sum(|lambda|) of W_V W_O, by layer and head. At most -0.5 in every head of layer 2; partly if the
-    mean of layer 2 is negative and more than half of its heads are."""
+    """sum(lambda) / sum(|lambda|) of W_V W_O, by layer and head. At most -0.5 in every head of layer 2;
+    partly if the mean of layer 2 is negative and more than half of its heads are."""
     scores = ov_eigenvalue_scores(study.model)
     most = scores[2].mean() < 0 and (scores[2] < 0).sum() > len(study.heads) / 2
     values = {f"layer {l}": scores[l].mean() for l in study.layers}
@@ -1321,10 +1352,10 @@ def figure_eigenvalue_scores(study: Study):
     layers=3,
 )
 def claim_l2_qk_pinv(study: Study) -> Finding:
-    """W_Q random and W_K^T its pseudoinverse, b_Q and b_K 0, mean over random W_Q. At most 1.5 times the unchanged MSE
-    (the paper's 1e-4 stays 1e-4), and attention that knows nothing, uniform or of random W_Q and W_K of equal norm,
-    does more harm (the interval of the difference is above 0), without which the first would say nothing about QK;
-    partly if only one of the two holds."""
+    """W_Q random and W_K^T its pseudoinverse, b_Q and b_K 0, mean over random W_Q. At most 1.5 times the
+    unchanged MSE (the paper's 1e-4 stays 1e-4), and attention that knows nothing, uniform or of random W_Q
+    and W_K of equal norm, does more harm (the interval of the difference is above 0), without which the first
+    would say nothing about QK; partly if only one of the two holds."""
     model, heads = study.model, list(study.heads)[:5]
 
     def replaced(change: Callable, purpose: str, heads: list[int] = heads) -> Tensor:
@@ -1364,8 +1395,9 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
     "the MLPs push in the right direction mainly at the last positions", "Figure 16", 16, unit="dot product"
 )
 def claim_mlp_dla(study: Study) -> Finding:
-    """[layer][position], ln_final on the MLP's output alone, target a_{m+1}. Summed over layers positive at positions
-    11, 12 and 13 and there on average more than twice as large as at positions 2 to 10; partly if positive and larger."""
+    """[layer][position], ln_final on the MLP's output alone, target a_{m+1}. Summed over layers positive at
+    positions 11, 12 and 13 and there on average more than twice as large as at positions 2 to 10; partly if
+    positive and larger."""
     found = attributions(study, "hook_mlp_out")
     total = found["paper, next"].sum(0)
     late, early = total[-3:].mean(), total[FIRST_POSITION:-3].mean()
@@ -1402,9 +1434,10 @@ def figure_mlp_attribution(study: Study):
 
 @claim("the residual stream after layer 0 is about a_n + alpha a_{n-1}", 2.3, figure=17, unit="coefficient")
 def claim_alpha(study: Study) -> Finding:
-    """Least squares of the unembedded residual stream after layer 0 on a_n + alpha a_{n-1}, positions 2 to 13. alpha
-    within 2.1 to 2.5 and R^2 at least 0.5, and with both coefficients free that of a_n between 0.5 and 1.5, so that it
-    really is a_n plus something; partly if with both free that of a_{n-1} is positive and R^2 at least 0.5."""
+    """Least squares of the unembedded residual stream after layer 0 on a_n + alpha a_{n-1}, positions 2 to
+    13. alpha within 2.1 to 2.5 and R^2 at least 0.5, and with both coefficients free that of a_n between 0.5
+    and 1.5, so that it really is a_n plus something; partly if with both free that of a_{n-1} is positive and
+    R^2 at least 0.5."""
     truth, a_n, before = neighbours(study.population.a)
 
     def fits(y: Tensor) -> dict:
@@ -1457,9 +1490,10 @@ def figure_estimate(study: Study):
 # ------------------------------------------------------------------------------------------------------------
 # What the model computes (ours)
 #
-# If a is an affine recurrence so is a Q for every orthogonal Q. A predictor that commutes with such rotations is
-# prediction_n = sum over s <= n of w_s a_s, its weights functions of inner products only. Moving one a_s by a small v
-# orthogonal to the plane of the sequence changes no inner product to first order: the prediction moves by w_s v.
+# If a is an affine recurrence so is a Q for every orthogonal Q. A predictor that commutes with such rotations
+# is prediction_n = sum over s <= n of w_s a_s, its weights functions of inner products only. Moving one a_s
+# by a small v orthogonal to the plane of the sequence changes no inner product to first order: the prediction
+# moves by w_s v.
 
 SIZES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2, 1.35, 1.5, 1.65, 1.8, 2.0)  # |c| at which weights are read
 PER_C = 5  # sequences for each c
@@ -1467,8 +1501,8 @@ KINDS = ("recurrence", "interleaved", "two fixed points", "two growths")  # of `
 
 
 def off_plane(x: Tensor, generator: torch.Generator, count: int) -> Tensor:
-    """Random unit vectors orthogonal to all vectors of each sequence x [batch, pos, d_vocab]: [count, batch, d_vocab].
-    The sequences must span less than d_vocab dimensions; an affine recurrence spans two."""
+    """Random unit vectors orthogonal to all vectors of each sequence x [batch, pos, d_vocab]: [count, batch,
+    d_vocab]. The sequences must span less than d_vocab dimensions; an affine recurrence spans two."""
     _, s, V = torch.linalg.svd(x, full_matrices=False)
     V = V * (s > 1e-6 * s[:, :1])[..., None]  # [batch, rank, d_vocab]
     v = torch.randn(count, len(x), x.shape[-1], generator=generator, dtype=x.dtype)
@@ -1479,8 +1513,9 @@ def off_plane(x: Tensor, generator: torch.Generator, count: int) -> Tensor:
 def source_weights(predict: Callable, x: Tensor, v: Tensor) -> Tensor:
     """w_s = <v, d prediction_n / d a_s . v>, one forward-mode derivative for each source s.
 
-    predict: [batch, pos, d_vocab] -> [batch, dest, ..., d_vocab]; x [batch, pos, d_vocab], in float64; v [batch,
-    d_vocab] from `off_plane`. Returns [batch, dest, src, ...]: each component of what `predict` returns has weights.
+    predict: [batch, pos, d_vocab] -> [batch, dest, ..., d_vocab]; x [batch, pos, d_vocab], in float64; v
+    [batch, d_vocab] from `off_plane`. Returns [batch, dest, src, ...]: each component of what `predict`
+    returns has weights.
     """
     moves = torch.eye(x.shape[1], dtype=x.dtype)[:, None, :, None] * v[:, None]  # [src, batch, pos, d_vocab]
     moved = torch.vmap(lambda move: torch.func.jvp(predict, (x,), (move,))[1])(moves)
@@ -1516,11 +1551,11 @@ def read_weights(study: Study, c: float, length: int = MAX_LENGTH) -> Weights:
 
 
 def strides(w: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """With a_s = a* + c^s u the prediction holds (A c^{n-1} + B c^n) u, A from the sources at the parity of n - 1 and B
-    from those at the parity of n; c^{n+1} is right. w [..., dest, src] -> A / c^2 and B / c, [..., dest]: a two-step
-    rule has 1 and 0, a one-step rule 0 and 1."""
-    n = torch.arange(w.shape[-1])
-    parts = w * float(c) ** (n - n[:, None] - 1.0)
+    """With a_s = a* + c^s u the prediction holds (A c^{n-1} + B c^n) u, A from the sources at the parity of n
+    - 1 and B from those at the parity of n; c^{n+1} is right. w [..., dest, src] -> A / c^2 and B / c, [...,
+    dest]: a two-step rule has 1 and 0, a one-step rule 0 and 1."""
+    n = torch.arange(w.shape[-1], dtype=w.dtype)
+    parts = w * float(c) ** (n - n[:, None] - 1)
     other_parity = (n[:, None] - n) % 2 == 1
     return (parts * other_parity).sum(-1), (parts * ~other_parity).sum(-1)
 
@@ -1529,8 +1564,8 @@ def strides(w: Tensor, c: float) -> tuple[Tensor, Tensor]:
     "the output is sum_s w_s a_s, with weights read off the model", None, figure=22, unit="explained share"
 )
 def claim_source_weights(study: Study) -> Finding:
-    """1 - |output - sum_s w_s a_s|^2 / |output|^2 over positions 2 to 13, by |c|, mean over both signs. At least 0.95
-    at every |c| up to 1.5; partly at least 0.8."""
+    """1 - |output - sum_s w_s a_s|^2 / |output|^2 over positions 2 to 13, by |c|, mean over both signs. At
+    least 0.95 at every |c| up to 1.5; partly at least 0.8."""
     explained = torch.tensor(
         [[study.weights[sign * size].explained for sign in (1, -1)] for size in SIZES]
     ).mean(1)
@@ -1543,9 +1578,9 @@ def claim_source_weights(study: Study) -> Finding:
 
 @claim("two steps at once: A is c^2 and B is 0 for |c| from 0.9 to 2", None, 22, unit="share of a_{n+1} - a*")
 def claim_two_steps(study: Study) -> Finding:
-    """A / c^2 and B / c (see `strides`), mean over |c| from 0.9 to 2, both signs and positions 5 to 13. A / c^2 differs
-    from 1 on average, in absolute value, by at most 0.15 and B / c from 0 too; partly if at most 0.3 each. A one-step
-    rule has 0 and 1."""
+    """A / c^2 and B / c (see `strides`), mean over |c| from 0.9 to 2, both signs and positions 5 to 13. A /
+    c^2 differs from 1 on average, in absolute value, by at most 0.15 and B / c from 0 too; partly if at most
+    0.3 each. A one-step rule has 0 and 1."""
     chosen = {c: found.w for c, found in study.weights.items() if abs(c) >= 0.9}
     A, B = (torch.stack([strides(w, c)[i].mean(0) for c, w in chosen.items()]) for i in (0, 1))  # [c, dest]
     off_A, off_B = (A[:, 5:] - 1).abs().mean(), B[:, 5:].abs().mean()
@@ -1561,8 +1596,9 @@ def claim_two_steps(study: Study) -> Finding:
 
 @claim("the weights for c and -c are the same: the model uses c^2, not c", None, figure=22, unit="ratio")
 def claim_blind_to_sign(study: Study) -> Finding:
-    """Half the difference of the mean weights w(c) and w(-c), against how far their mean differs from its mean over
-    |c|, both as root mean squares over |c|, positions 3 to 13 and sources. At most a quarter; partly at most a half."""
+    """Half the difference of the mean weights w(c) and w(-c), against how far their mean differs from its
+    mean over |c|, both as root mean squares over |c|, positions 3 to 13 and sources. At most a quarter;
+    partly at most a half."""
     mean = {c: found.w.mean(0)[3:] for c, found in study.weights.items()}
     odd = torch.stack([(mean[size] - mean[-size]) / 2 for size in SIZES])
     even = torch.stack([(mean[size] + mean[-size]) / 2 for size in SIZES])
@@ -1604,8 +1640,8 @@ def figure_source_weights(study: Study):
 def component_weights(study: Study, c: float) -> tuple[list[str], Tensor, Tensor]:
     """Source weights of everything that adds to the residual stream, at one c, through the clean final scale.
 
-    Returns the components' names, their weights [2 sequences, dest, src, component] and those of the output, [2, dest,
-    src], to which they add up as far as the weights do not depend on the scale.
+    Returns the components' names, their weights [2 sequences, dest, src, component] and those of the output,
+    [2, dest, src], to which they add up as far as the weights do not depend on the scale.
     """
     model, whole = study.exact, study.weights.get(c) or read_weights(study, c)
     x, kept = whole.sample.a[:2, :-1], {}
@@ -1629,10 +1665,10 @@ def component_weights(study: Study, c: float) -> tuple[list[str], Tensor, Tensor
     "layer 2's heads take off what is too much of the fixed point", None, 23, unit="factor on a*", layers=3
 )
 def claim_subtraction(study: Study) -> Finding:
-    """The sum of all weights is the factor on a*, and must be 1; the two-step rule has c^2 from a_{n-1} and needs
-    1 - c^2 from other sources. Mean over positions 5 to 13 and both signs, |c| = 1.2, 1.5, 1.8. At each |c| layer 2's
-    heads have a negative sum between half and twice 1 - c^2, and remove at least half of the excess over 1 that the
-    rest leaves; partly if only the second."""
+    """The sum of all weights is the factor on a*, and must be 1; the two-step rule has c^2 from a_{n-1} and
+    needs 1 - c^2 from other sources. Mean over positions 5 to 13 and both signs, |c| = 1.2, 1.5, 1.8. At each
+    |c| layer 2's heads have a negative sum between half and twice 1 - c^2, and remove at least half of the
+    excess over 1 that the rest leaves; partly if only the second."""
     sizes, heads, rest = (1.2, 1.5, 1.8), [], []
     for size in sizes:
         both = [component_weights(study, sign * size) for sign in (1, -1)]
@@ -1680,10 +1716,10 @@ def figure_component_weights(study: Study):
     layers=3,
 )
 def claim_gain_control(study: Study) -> Finding:
-    """Mean-ablation raises the MSE: the damage. "Goes" is the share of it that goes away when ln_final is given its
-    clean scale, one number a position; "comes back" the share that the scale of the ablated model alone does to an
-    unchanged one. For layer 1's heads goes at least 0.8 and comes back at least 0.5, and for those of layers 0 and 2
-    both are below 0.5; partly if so for layer 1 only."""
+    """Mean-ablation raises the MSE: the damage. "Goes" is the share of it that goes away when ln_final is
+    given its clean scale, one number a position; "comes back" the share that the scale of the ablated model
+    alone does to an unchanged one. For layer 1's heads goes at least 0.8 and comes back at least 0.5, and for
+    those of layers 0 and 2 both are below 0.5; partly if so for layer 1 only."""
     before, arms = study.baseline.mean(), study.ablations
     damage = {name: each["mean"].mean() - before for name, each in arms.items()}
     goes = {
@@ -1742,8 +1778,8 @@ def figure_gain(study: Study):
 
 
 def main_directions(study: Study, layer: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """How what a layer's heads write varies over the population: its mean at each position [pos, d_model], the `count`
-    first principal directions [count, d_model] and the share of the variance along each."""
+    """How what a layer's heads write varies over the population: its mean at each position [pos, d_model],
+    the `count` first principal directions [count, d_model] and the share of the variance along each."""
     written = study.activations[f"blocks.{layer}.hook_attn_out"]
     mean = written.mean(0)
     varying = (written - mean).flatten(0, 1).double()
@@ -1755,10 +1791,10 @@ def main_directions(study: Study, layer: int, count: int) -> tuple[Tensor, Tenso
     "of all that layer 1's heads write one number a position is enough", None, 24, "MSE / unchanged", layers=3
 )
 def claim_one_knob(study: Study) -> Finding:
-    """What all heads of layer 1 write is reduced to its mean at each position and one number along one direction, the
-    first principal one, found on other sequences. The MSE grows by at most 2, without that number by at least 10, and
-    with one number only for layers 0 and 2 it grows by more than 2; partly if it grows by at most 4 and is at least 5
-    times as large without that number."""
+    """What all heads of layer 1 write is reduced to its mean at each position and one number along one
+    direction, the first principal one, found on other sequences. The MSE grows by at most 2, without that
+    number by at least 10, and with one number only for layers 0 and 2 it grows by more than 2; partly if it
+    grows by at most 4 and is at least 5 times as large without that number."""
     kept, removed, control = [], [], {}
     span = torch.linalg.qr(study.model.unembed.W_U).Q
     for l in study.layers:
@@ -1783,8 +1819,8 @@ def claim_one_knob(study: Study) -> Finding:
 
 
 def interleaved_errors(study: Study, low: float, high: float) -> dict[str, dict[str, float]]:
-    """Unexplained share of the next vector, positions 4 to 13, on sequences that tell one rule from another, |c| from
-    `low` to `high` and both signs: {kind: {predictor: share}}."""
+    """Unexplained share of the next vector, positions 4 to 13, on sequences that tell one rule from another,
+    |c| from `low` to `high` and both signs: {kind: {predictor: share}}."""
     generator, count = study.generator(f"interleaved {low}"), max(10, study.size // 5)
     c = data.uniform(generator, low, high, count) * (1 - 2 * (torch.arange(count) % 2))
     found = {}
@@ -1800,9 +1836,10 @@ def interleaved_errors(study: Study, low: float, high: float) -> dict[str, dict[
 
 @claim("it follows interleaved sequences, as a two-step rule does", None, figure=25, unit="unexplained share")
 def claim_interleaved(study: Study) -> Finding:
-    """|c| from 1.2 to 2, positions 4 to 13. On interleaved sequences, which are no affine recurrence, the model leaves
-    at most a quarter of what the exact affine solver leaves unexplained, and where odd and even vectors grow differently
-    at least four times what it leaves on interleaved ones; partly if only the first."""
+    """|c| from 1.2 to 2, positions 4 to 13. On interleaved sequences, which are no affine recurrence, the
+    model leaves at most a quarter of what the exact affine solver leaves unexplained, and where odd and even
+    vectors grow differently at least four times what it leaves on interleaved ones; partly if only the
+    first."""
     found = interleaved_errors(study, 1.2, 2.0)
     model, solver = {kind: found[kind]["model"] for kind in KINDS}, found["interleaved"]["affine solver"]
     follows, fails = model["interleaved"] <= solver / 4, model["two growths"] >= 4 * model["interleaved"]
@@ -1844,11 +1881,13 @@ def figure_interleaved(study: Study):
 
 
 def knob_shares(study: Study) -> dict[str, list[float]]:
-    """What turns the knob: {what layer 1 is given of other sequences: share of the change of ln_final's log scale that
-    follows}, for decaying sequences (|c| 0.2 to 0.7) given something of growing ones (1.5 to 2), and the other way round.
+    """What turns the knob: {what layer 1 is given of other sequences: share of the change of ln_final's log
+    scale that follows}, for decaying sequences (|c| 0.2 to 0.7) given something of growing ones (1.5 to 2),
+    and the other way round.
 
-    "z" is all that the heads read; "pattern" and "values" one of its two factors; "position s" key and value of one
-    source position; "size" key and value of position 1 of the same sequence with a_0 and a_1 as long as in the other.
+    "z" is all that the heads read; "pattern" and "values" one of its two factors; "position s" key and value
+    of one source position; "size" key and value of position 1 of the same sequence with a_0 and a_1 as long
+    as in the other.
     """
     scale, resid, count = "ln_final.hook_scale", "blocks.1.hook_resid_pre", max(10, study.size // 10)
     k, v, pattern, z = (f"blocks.1.attn.hook_{name}" for name in ("k", "v", "pattern", "z"))
@@ -1896,9 +1935,9 @@ def knob_shares(study: Study) -> dict[str, list[float]]:
     layers=2,
 )
 def claim_knob(study: Study) -> Finding:
-    """See `knob_shares`. In both directions at least half of the change of the log scale follows layer 1's key and value
-    of source position 1 alone, and more than those of any other position; and at least half follows the size of the
-    first two vectors, seen through position 1 alone. Partly if only the first."""
+    """See `knob_shares`. In both directions at least half of the change of the log scale follows layer 1's
+    key and value of source position 1 alone, and more than those of any other position; and at least half
+    follows the size of the first two vectors, seen through position 1 alone. Partly if only the first."""
     shares = knob_shares(study)
     others = [
         share for name, share in shares.items() if name.startswith("position") and "position 1" not in name
@@ -1949,7 +1988,8 @@ MARKS = {
 
 
 def course(study: Study) -> dict[str, dict[str, float]]:
-    """What is followed through the steps of a run, measured as the claims do but on few sequences: {what: {which: number}}."""
+    """What is followed through the steps of a run, measured as the claims do but on few sequences: {what:
+    {which: number}}."""
     layers = study.layers
     patterns = [study.activations[f"blocks.{l}.attn.hook_pattern"] for l in layers]
     attribution = attributions(study, "attn.hook_result")["paper, next"][..., FIRST_POSITION:].mean((1, 2))
@@ -1982,7 +2022,8 @@ def kept_steps(run: str) -> list[str]:
 
 
 def measure_run(run: str, seed: int, progress: "Progress") -> dict:
-    """Claims and course of a run: its results.json if that is of the same weights, code and seed, else written there."""
+    """Claims and course of a run: its results.json if that is of the same weights, code and seed, else
+    written there."""
     path, name, steps = os.path.join(run, "results.json"), os.path.basename(run), kept_steps(run)
     study = open_study(run, seed)
     described = meta(study, run) | {"steps": len(steps)}
@@ -2031,7 +2072,8 @@ def count_verdicts(claim: dict) -> dict[str, int]:
 
 
 def figure_seeds(claims: dict[str, dict]):
-    """A panel for each claim of `over_seeds`: a mark for each seed, in the same order everywhere, a bar at their mean."""
+    """A panel for each claim of `over_seeds`: a mark for each seed, in the same order everywhere, a bar at
+    their mean."""
     rows, seeds = -(-(len(claims) + 1) // 4), len(next(iter(claims.values()))["verdicts"])
     canvas, panels = grid(rows, 4, 11, 2.3 * rows, f"The claims over {seeds} seeds")
     for axes, (name, found) in zip(panels.flat, claims.items()):
@@ -2067,7 +2109,8 @@ def figure_seeds(claims: dict[str, dict]):
 
 
 def figure_course(courses: dict[str, dict]):
-    """A panel for each measure that `course` follows, from {seed: {step: course}}: a line a seed and layer."""
+    """A panel for each measure that `course` follows, from {seed: {step: course}}: a line a seed and
+    layer."""
     titles = list(next(iter(next(iter(courses.values())).values())))
     canvas, panels = grid(3, 3, 11, 8.5, f"When it forms, over {len(courses)} seeds", sharex=True)
     for axes, title in zip(panels.flat, titles, strict=True):
@@ -2094,14 +2137,15 @@ def figure_course(courses: dict[str, dict]):
 
 
 def seeds_markdown(settings: dict[str, dict]) -> str:
-    """seeds.md: the verdicts and values of each claim over the seeds of each setting, and those of each seed."""
+    """seeds.md: the verdicts and values of each claim over the seeds of each setting, and those of each
+    seed."""
     first = next(iter(settings.values()))["claims"]
     lines = [
         "# The claims over seeds and settings",
         "",
-        "Written by `python analyze.py --seeds`; the rules are in `results.md`. A setting is the activation and the",
-        "standard deviation of the initial weights. In bold: reproduced / partly / not. Values: mean over seeds",
-        "(standard deviation).",
+        "Written by `python analyze.py --seeds`; the rules are in `results.md`. A setting is the activation",
+        "and the standard deviation of the initial weights. In bold: reproduced / partly / not. Values: mean",
+        "over seeds (standard deviation).",
         "",
         f"| claim | paper | unit | {' | '.join(settings)} | untrained |",
         "| --- | --- | --- |" + " --- |" * (len(settings) + 1),
@@ -2133,8 +2177,8 @@ def seeds_markdown(settings: dict[str, dict]) -> str:
 def open_runs(folder: str) -> tuple[str, dict[str, str]]:
     """The setting and the runs, {name: path}, of `folder`/seed_*/.
 
-    Raises FileNotFoundError where there is none, and FileNotFoundError or ValueError for one that cannot be read, is at
-    another step or was trained in another setting than the others.
+    Raises FileNotFoundError where there is none, and FileNotFoundError or ValueError for one that cannot be
+    read, is at another step or was trained in another setting than the others.
     """
     runs = sorted(
         path for path in glob.glob(os.path.join(glob.escape(folder), "seed_*")) if os.path.isdir(path)
@@ -2158,11 +2202,11 @@ def open_runs(folder: str) -> tuple[str, dict[str, str]]:
 
 
 def compare_runs(folders: list[str], seed: int, out: str):
-    """Measure every run in FOLDER/seed_*/ of each folder and compare them; write seeds.json, seeds.md and seeds.png to
-    `out`, and steps.png if the runs of the first folder kept weights in steps/.
+    """Measure every run in FOLDER/seed_*/ of each folder and compare them; write seeds.json, seeds.md and
+    seeds.png to `out`, and steps.png if the runs of the first folder kept weights in steps/.
 
-    What is measured is kept in each run's own results.json, so that after an interruption only the rest is measured.
-    Raises what `open_runs` raises, and ValueError for two folders with one setting.
+    What is measured is kept in each run's own results.json, so that after an interruption only the rest is
+    measured. Raises what `open_runs` raises, and ValueError for two folders with one setting.
     """
     groups: dict[str, dict[str, str]] = {}
     for folder in folders:
@@ -2196,9 +2240,8 @@ def compare_runs(folders: list[str], seed: int, out: str):
         for name, claim in found["claims"].items():
             counts = (f"{count} {verdict}" for verdict, count in count_verdicts(claim).items() if count)
             print(f"  {name:22}{', '.join(counts)}")
-    print(
-        f"seeds.json, seeds.md, seeds.png{', steps.png' if first['course'] else ''} in {out}, {progress.elapsed():.0f} s"
-    )
+    files = ["seeds.json", "seeds.md", "seeds.png", *(["steps.png"] if first["course"] else [])]
+    print(f"{', '.join(files)} in {out}, {progress.elapsed():.0f} s")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2289,8 +2332,9 @@ def markdown(results: dict) -> str:
     lines = [
         "# What the paper claims and what this model shows",
         "",
-        "Written by `python analyze.py --all`; all numbers, with more digits, are in `results.json`. Claims without a",
-        'value of the paper are ours; "reproduced" then says that they hold. Untrained: the same on fresh weights.',
+        "Written by `python analyze.py --all`; all numbers, with more digits, are in `results.json`. Claims",
+        'without a value of the paper are ours; "reproduced" then says that they hold. Untrained: the same',
+        "measured on fresh weights.",
         "",
         *(f"{key}: {short(value)}  " for key, value in results["meta"].items()),
         "",
@@ -2344,7 +2388,8 @@ def table(results: dict) -> str:
 
 
 class Progress:
-    """A line on the terminal that names what is being made, with the time taken and, after the first, the time left."""
+    """A line on the terminal that names what is being made, with the time taken and, after the first, the
+    time left."""
 
     def __init__(self, total: int):
         self.total, self.done, self.start, self.live = total, 0, time.perf_counter(), sys.stderr.isatty()
@@ -2400,7 +2445,8 @@ def measure(study: Study, claims: Iterable[str], progress: Progress, prefix: str
 
 
 def analyse(run: str, seed: int, out: str, figures: list[int] | None):
-    """Draw `figures` of a run into `out`; for None all, and measure every claim: results.json, results.md and a table."""
+    """Draw `figures` of a run into `out`; for None all, and measure every claim: results.json, results.md and
+    a table."""
     study = open_study(run, seed)
     numbers, claims = applicable(FIGURES, study), applicable(CLAIMS, study) if figures is None else []
     wanted = sorted(FIGURES if figures is None else set(figures))

@@ -1,5 +1,5 @@
-"""The task: affine recurrences a_k = c a_{k-1} + d in R^40 (sections 2.2 and 3.1 of the paper), the error measured on
-them, what solves them exactly, and sequences that are built to tell one solution from another.
+"""The task: affine recurrences a_k = c a_{k-1} + d in R^40 (sections 2.2 and 3.1 of the paper), the error
+measured on them, what solves them exactly, and sequences that are built to tell one solution from another.
 
     import torch, data
     s = data.sample(batch=16, length=14, generator=torch.Generator().manual_seed(0))
@@ -36,8 +36,8 @@ def uniform(generator: torch.Generator, low: float, high: float, *shape: int) ->
 
 
 def normalise(a: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Sequences a [batch, length + 1, d_vocab] divided by m / r, with m the largest norm among a_0 .. a_{length-1}, and
-    the factors r / m, [batch] (section 3.1)."""
+    """Sequences a [batch, length + 1, d_vocab] divided by m / r, with m the largest norm among a_0 ..
+    a_{length-1}, and the factors r / m, [batch] (section 3.1)."""
     scale = r / a[:, :-1].norm(dim=-1).amax(1)  # [batch]
     return a * scale[:, None, None], scale
 
@@ -51,8 +51,8 @@ def sample(
 ) -> Sample:
     """Draw `batch` recurrences with `length` inputs each, on the generator's device (section 3.1).
 
-    c ~ U[c_range] is one scalar per sequence; a_0 and d ~ U[-2, 2]^d_vocab. All vectors and d are then divided by
-    m / r, where m is the largest norm among the inputs a_0 .. a_{length-1} and r ~ U[1, 2].
+    c ~ U[c_range] is one scalar per sequence; a_0 and d ~ U[-2, 2]^d_vocab. All vectors and d are then
+    divided by m / r, where m is the largest norm among the inputs a_0 .. a_{length-1} and r ~ U[1, 2].
 
     Raises ValueError unless 1 <= length <= n_ctx (32), batch >= 1 and d_vocab >= 1.
     """
@@ -74,12 +74,13 @@ def sample(
 
 
 def interleaved(length: int, c: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Sequences that tell a rule of two steps from a rule of one, {kind: [batch, length + 1, d_vocab]}, c [batch].
+    """Sequences that tell a rule of two steps from a rule of one, {kind: [batch, length + 1, d_vocab]}, c
+    [batch].
 
-    "recurrence" is affine: a_n = a* + c^n u, with a* and u ~ U[-2, 2]^40. "interleaved" has another u in its odd
-    vectors: no affine recurrence, but a_{n+1} = a* + c^2 (a_{n-1} - a*) still holds. "two fixed points" has another a*
-    in its odd vectors instead, and "two growths" another c, that of another sequence: this holds for no single a* or
-    c^2 then. Normalised as in section 3.1.
+    "recurrence" is affine: a_n = a* + c^n u, with a* and u ~ U[-2, 2]^40. "interleaved" has another u in its
+    odd vectors: no affine recurrence, but a_{n+1} = a* + c^2 (a_{n-1} - a*) still holds. "two fixed points"
+    has another a* in its odd vectors instead, and "two growths" another c, that of another sequence: this
+    holds for no single a* or c^2 then. Normalised as in section 3.1.
     """
     u, other_u, fixed, other_fixed = (uniform(generator, -2, 2, len(c), 1, D_VOCAB) for _ in range(4))
     n = torch.arange(length + 1, device=c.device)
@@ -95,11 +96,12 @@ def interleaved(length: int, c: Tensor, generator: torch.Generator) -> dict[str,
 
 
 def solve_recurrence(x: Tensor) -> Tensor:
-    """The exact answer from three known vectors: x [batch, pos, d_vocab] -> the vector after x_2, x_3, .., [batch,
-    pos - 2, d_vocab].
+    """The exact answer from three known vectors: x [batch, pos, d_vocab] -> the vector after x_2, x_3, ..,
+    [batch, pos - 2, d_vocab].
 
-    Least squares for c and d in a_n = c a_{n-1} + d and a_{n-1} = c a_{n-2} + d: c is the ratio of the two steps, d the
-    mean of what the two equations leave. A sequence that stands still, of which any c is true, goes on standing still.
+    Least squares for c and d in a_n = c a_{n-1} + d and a_{n-1} = c a_{n-2} + d: c is the ratio of the two
+    steps, d the mean of what the two equations leave. A sequence that stands still, of which any c is true,
+    goes on standing still.
     """
     first, second, third = x[:, :-2], x[:, 1:-1], x[:, 2:]
     c = ratio(second - first, third - second)
@@ -108,8 +110,8 @@ def solve_recurrence(x: Tensor) -> Tensor:
 
 
 def solve_two_steps(x: Tensor) -> Tensor:
-    """The two-step rule a_{n+1} = c^2 a_{n-1} + (1 - c^2) a*, from five known vectors: x [batch, pos, d_vocab] -> the
-    vector after x_4, x_5, .., [batch, pos - 4, d_vocab].
+    """The two-step rule a_{n+1} = c^2 a_{n-1} + (1 - c^2) a*, from five known vectors: x [batch, pos,
+    d_vocab] -> the vector after x_4, x_5, .., [batch, pos - 4, d_vocab].
 
     c^2 is the ratio of the last two steps of a_n, a_{n-2}, a_{n-4}, and (1 - c^2) a* = a_n - c^2 a_{n-2}.
     """
@@ -119,7 +121,8 @@ def solve_two_steps(x: Tensor) -> Tensor:
 
 
 def ratio(step: Tensor, next_step: Tensor) -> Tensor:
-    """The factor of least squares from one step to the next, [..., d_vocab] -> [..., 1], 0 where there is no step."""
+    """The factor of least squares from one step to the next, [..., d_vocab] -> [..., 1], 0 where there is no
+    step."""
     squared = (step**2).sum(-1, keepdim=True)
     return torch.where(squared > 0, (step * next_step).sum(-1, keepdim=True) / squared, 0.0)
 
@@ -127,8 +130,8 @@ def ratio(step: Tensor, next_step: Tensor) -> Tensor:
 def held_out(per_length: int, seed: int = 20_241_024, device: torch.device | str = "cpu") -> list[Sample]:
     """A fixed evaluation set from the training distribution: `per_length` sequences of each length 3 .. 14.
 
-    It is drawn on the CPU whatever the device, so that every machine measures on the same sequences, and its seed
-    lies outside those that training uses.
+    It is drawn on the CPU whatever the device, so that every machine measures on the same sequences, and its
+    seed lies outside those that training uses.
     """
     generator = torch.Generator().manual_seed(seed)
     samples = [sample(per_length, length, generator) for length in LENGTHS]
@@ -136,7 +139,8 @@ def held_out(per_length: int, seed: int = 20_241_024, device: torch.device | str
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over batch, dimensions and the predictable positions 2 .. n-1, those of a_3 .. a_n (3.2).
+    """Mean squared error over batch, dimensions and the predictable positions 2 .. n-1, those of a_3 .. a_n
+    (3.2).
 
     Both [batch, pos, d_vocab] with pos >= 3. This is the training loss, and what "MSE" means in this project.
     """

@@ -1,4 +1,4 @@
-"""Everything that changes what the model computes: ablation, patching, replacement of QK circuits (sections 4.5 and 4.6).
+"""Everything that changes what the model computes: ablation, patching, other QK circuits (sections 4.5, 4.6).
 
     import torch, data, model, interventions
     transformer = model.fold(model.load_weights("weights/weights.pt"))
@@ -14,9 +14,10 @@
     changed = interventions.pseudoinverse_qk(transformer, layer=2, heads=[0, 1, 2, 3, 4], generator=generator)
     changed(x)                                                      # the paper's replacement of W_Q and W_K
 
-An intervention on activations is a hook dict, one on weights a changed copy: the model passed in stays as it is and
-nothing has to be undone. Head outputs are replaced at hook_z, before W_O. Since W_O is linear this is the same as
-replacing what each head writes, without materialising it; b_O stays, and on a folded model b_O holds the value biases.
+An intervention on activations is a hook dict, one on weights a changed copy: the model passed in stays as it
+is and nothing has to be undone. Head outputs are replaced at hook_z, before W_O. Since W_O is linear this is
+the same as replacing what each head writes, without materialising it; b_O stays, and on a folded model b_O
+holds the value biases.
 """
 
 import copy
@@ -36,7 +37,8 @@ def layer_heads(model: Transformer, layer: int) -> list[Head]:
 
 
 def output_names(model: Transformer) -> list[str]:
-    """The hook points at which `replace_outputs` acts: hook_z of every attention layer, hook_mlp_out of every MLP."""
+    """The hook points at which `replace_outputs` acts: hook_z of every attention layer, hook_mlp_out of every
+    MLP."""
     return [
         name
         for l in range(model.config.n_layers)
@@ -45,7 +47,8 @@ def output_names(model: Transformer) -> list[str]:
 
 
 def record(names: Iterable[str], into: dict[str, Tensor]) -> dict[str, Callable]:
-    """Hooks that change nothing and keep the activations `names` in `into`; a cache would keep, and materialise, them all."""
+    """Hooks that change nothing and keep the activations `names` in `into`; a cache would keep, and
+    materialise, them all."""
 
     def keep(name: str) -> Callable:
         return lambda value: into.setdefault(name, value)
@@ -56,10 +59,10 @@ def record(names: Iterable[str], into: dict[str, Tensor]) -> dict[str, Callable]
 def mean_outputs(cache: dict[str, Tensor], over_positions: bool = False) -> dict[str, Tensor]:
     """Mean output of every head and MLP over a population, for mean ablation (section 4.5).
 
-    cache: activations of a forward pass over the population, those of `output_names` at least. The mean is taken at
-    each position, so that it keeps what a head does at that position whatever the input; with `over_positions`
-    over positions as well, which leaves one vector. Returns {hook name: mean}, hook_z [pos or 1, n_heads, d_head] and
-    hook_mlp_out [pos or 1, d_model].
+    cache: activations of a forward pass over the population, those of `output_names` at least. The mean is
+    taken at each position, so that it keeps what a head does at that position whatever the input; with
+    `over_positions` over positions as well, which leaves one vector. Returns {hook name: mean}, hook_z [pos
+    or 1, n_heads, d_head] and hook_mlp_out [pos or 1, d_model].
     """
     outputs = {name: value for name, value in cache.items() if name.endswith((".hook_z", ".hook_mlp_out"))}
     return {
@@ -78,8 +81,8 @@ def replace_outputs(
 ) -> dict[str, Callable]:
     """Hooks that replace the outputs of `heads` and of the MLPs of layers `mlps` by `values`.
 
-    values: {hook name: tensor that broadcasts to that activation}. From `zero_outputs` this is zero ablation, from
-    `mean_outputs` mean ablation, and from the cache of another forward pass it is activation patching.
+    values: {hook name: tensor that broadcasts to that activation}. From `zero_outputs` this is zero ablation,
+    from `mean_outputs` mean ablation, and from the cache of another forward pass it is activation patching.
     Raises KeyError if `values` lacks a hook point that is to be replaced.
     """
     hooks: dict[str, Callable] = {}
@@ -102,12 +105,14 @@ def replace_outputs(
 
 
 def hold(values: dict[str, Tensor]) -> dict[str, Callable]:
-    """Hooks that give activations the `values` they had in another pass, whatever they would be: {hook name: tensor}."""
+    """Hooks that give activations the `values` they had in another pass, whatever they would be: {hook name:
+    tensor}."""
     return {name: lambda value, new=new: new.to(value).expand_as(value) for name, new in values.items()}
 
 
 def patch_positions(values: dict[str, Tensor], positions: Iterable[int]) -> dict[str, Callable]:
-    """Hooks that give activations [batch, pos, ...] the `values` they had in another pass at some positions only."""
+    """Hooks that give activations [batch, pos, ...] the `values` they had in another pass at some positions
+    only."""
     positions = list(positions)
 
     def patch(new: Tensor) -> Callable:
@@ -117,8 +122,8 @@ def patch_positions(values: dict[str, Tensor], positions: Iterable[int]) -> dict
 
 
 def keep_directions(name: str, mean: Tensor, directions: Tensor) -> dict[str, Callable]:
-    """A hook that leaves of an activation its mean [..., d_model] and what varies along `directions` [k, d_model],
-    which are orthonormal: with k = 1, one number at each position."""
+    """A hook that leaves of an activation its mean [..., d_model] and what varies along `directions` [k,
+    d_model], which are orthonormal: with k = 1, one number at each position."""
     return {name: lambda value: mean + (value - mean) @ directions.T @ directions}
 
 
@@ -129,10 +134,11 @@ def remove_directions(name: str, mean: Tensor, directions: Tensor) -> dict[str, 
 
 @torch.no_grad()
 def replace_qk(model: Transformer, layer: int, heads: Iterable[int], W_Q: Tensor, W_K: Tensor) -> Transformer:
-    """A copy of the model in which `heads` of `layer` have other W_Q and W_K, each [len(heads), d_model, d_head], and no b_Q and b_K.
+    """A copy of the model in which `heads` of `layer` have other W_Q and W_K, each [len(heads), d_model,
+    d_head], and no b_Q and b_K.
 
-    The old biases are vectors in the old head's coordinates, which mean nothing in the new ones. W_Q = W_K = 0 makes
-    attention uniform.
+    The old biases are vectors in the old head's coordinates, which mean nothing in the new ones. W_Q = W_K =
+    0 makes attention uniform.
     """
     changed = copy.deepcopy(model)
     attn = changed.blocks[layer].attn
@@ -148,8 +154,8 @@ def pseudoinverse_qk(
 ) -> Transformer:
     """The paper's test of QK = I (section 4.6): W_Q is random, W_K^T its Moore-Penrose pseudoinverse.
 
-    W_Q W_K^T is then the orthogonal projection onto a random d_head-dimensional subspace of R^d_model, the identity as
-    nearly as rank d_head allows. Its scale does not depend on that of W_Q.
+    W_Q W_K^T is then the orthogonal projection onto a random d_head-dimensional subspace of R^d_model, the
+    identity as nearly as rank d_head allows. Its scale does not depend on that of W_Q.
     """
     heads = list(heads)
     W_Q = torch.randn(len(heads), model.config.d_model, model.config.d_head, generator=generator).to(
@@ -163,7 +169,8 @@ def pseudoinverse_qk(
 def random_qk(
     model: Transformer, layer: int, heads: Iterable[int], generator: torch.Generator
 ) -> Transformer:
-    """The control to `pseudoinverse_qk`: W_Q and W_K independent and random, their product as large (Frobenius) as the trained one."""
+    """The control to `pseudoinverse_qk`: W_Q and W_K independent and random, their product as large
+    (Frobenius) as the trained one."""
     heads = list(heads)
     shape = (len(heads), model.config.d_model, model.config.d_head)
     W_Q, W_K = (torch.randn(shape, generator=generator).to(model.embed.W_E) for _ in range(2))

@@ -1,17 +1,17 @@
-"""The paper's three-layer transformer in plain PyTorch (section 3.2, appendix A.1), with hooks, folding and weights files.
+"""The paper's three-layer transformer in plain PyTorch (3.2, A.1), with hooks, folding and weights files.
 
     import torch, data, model
     transformer = model.load_weights("weights/weights.pt")
     x = data.sample(8, 14, torch.Generator().manual_seed(0)).a[:, :-1]    # [8, 14, 40]
-    y = transformer(x)                                                    # [8, 14, 40], y[:, n] predicts a_{n+1}
+    y = transformer(x)                                # [8, 14, 40], y[:, n] predicts a_{n+1}
 
     cache = {}
-    transformer(x, cache=cache)                                           # every activation, by name
-    pattern = cache["blocks.0.attn.hook_pattern"]                         # [batch, head, dest, src]
+    transformer(x, cache=cache)                       # every activation, by name
+    pattern = cache["blocks.0.attn.hook_pattern"]     # [batch, head, dest, src]
     transformer(x, hooks={"blocks.1.hook_attn_out": torch.zeros_like})    # replace one
 
-Names and shapes of parameters and hook points are TransformerLens'. Vectors are rows and matrices act from the
-right: x @ W_E, as in the paper. Index letters in every einsum of the project:
+Names and shapes of parameters and hook points are TransformerLens'. Vectors are rows and matrices act from
+the right: x @ W_E, as in the paper. Index letters in every einsum of the project:
 
     b batch   p position (q destination, k source)   h head
     d d_model   e d_head   m d_mlp   v d_vocab   l layer   D a second d_model
@@ -39,13 +39,14 @@ ACTIVATIONS = {"relu": F.relu, "gelu_new": lambda x: F.gelu(x, approximate="tanh
 
 
 def setting(default, help: str, zero: bool = False, choices: tuple[str, ...] = ()):
-    """A field of a dataclass of settings, with what `check_settings` and the command line of train.py need to know."""
+    """A field of a dataclass of settings, with what `check_settings` and the command line of train.py need to
+    know."""
     return field(default=default, metadata={"help": help, "zero": zero, "choices": choices})
 
 
 def check_settings(settings):
-    """ValueError unless whole numbers are at least 1, others finite and above 0 (or 0, where that is allowed), and
-    texts one of the choices."""
+    """ValueError unless whole numbers are at least 1, others finite and above 0 (or 0, where that is
+    allowed), and texts one of the choices."""
     for f in fields(settings):
         value, zero, choices = getattr(settings, f.name), f.metadata["zero"], f.metadata["choices"]
         if f.type is int and (not isinstance(value, int) or value < 1 - zero):
@@ -83,8 +84,8 @@ class Config:
 class Hooks:
     """What one forward pass is asked to show or to change. Every activation goes through `at(name, value)`.
 
-    The few values that cost something to show, a LayerNorm's scale and the output of each head by itself, are only made
-    where somebody `watches` them; otherwise one kernel computes the same result without them.
+    The few values that cost something to show, a LayerNorm's scale and the output of each head by itself, are
+    only made where somebody `watches` them; otherwise one kernel computes the same result without them.
     """
 
     def __init__(self, hooks: dict[str, Callable] | None, cache: dict[str, Tensor] | None):
@@ -109,12 +110,14 @@ class Hooks:
 
 
 def affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """x W + b over the last dimension, as a single matrix product: [batch, pos, i] x [i, o] -> [batch, pos, o]."""
+    """x W + b over the last dimension, as a single matrix product: [batch, pos, i] x [i, o] -> [batch, pos,
+    o]."""
     return torch.addmm(b, x.flatten(0, -2), W).unflatten(0, x.shape[:-1])
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + eps) * w + b over d_model. As in TransformerLens, hook_normalized comes after w and b."""
+    """(x - mean) / sqrt(variance + eps) * w + b over d_model. As in TransformerLens, hook_normalized comes
+    after w and b."""
 
     def __init__(self, config: Config, name: str):
         super().__init__()
@@ -133,14 +136,16 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The heads of a layer. A head's QK circuit decides where it reads, its OV circuit what it writes (A.1)."""
+    """The heads of a layer. A head's QK circuit decides where it reads, its OV circuit what it writes
+    (A.1)."""
 
     def __init__(self, config: Config, name: str):
         super().__init__()
         self.name = name
         h, d, e = config.n_heads, config.d_model, config.d_head
-        # Shaped [n_heads, d_model, d_head] but laid out in memory as [d_model, n_heads, d_head], so that all heads
-        # together are one [d_model, n_heads * d_head] matrix and a projection is one product without a copy.
+        # Shaped [n_heads, d_model, d_head] but laid out in memory as [d_model, n_heads, d_head], so that all
+        # heads together are one [d_model, n_heads * d_head] matrix and a projection is one product without a
+        # copy.
         self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.empty(d, h, e).transpose(0, 1)) for _ in range(3))
         self.b_Q, self.b_K, self.b_V = (nn.Parameter(torch.zeros(h, e)) for _ in range(3))
         self.W_O = nn.Parameter(torch.empty(h, e, d))
@@ -208,10 +213,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Maps vectors to vectors: x [batch, pos, d_vocab] -> prediction of the next vector at each position, same shape.
+    """Maps vectors to vectors: x [batch, pos, d_vocab] -> prediction of the next vector at each position,
+    same shape.
 
-    Weight matrices start as N(0, initializer_range), biases as 0, LayerNorms as 1 and 0, drawn from `generator`
-    (torch's default one if None). `hook_names` lists all hook points.
+    Weight matrices start as N(0, initializer_range), biases as 0, LayerNorms as 1 and 0, drawn from
+    `generator` (torch's default one if None). `hook_names` lists all hook points.
     """
 
     def __init__(self, config: Config = Config(), generator: torch.Generator | None = None):
@@ -262,16 +268,16 @@ class Transformer(nn.Module):
         """Predict a_1 .. a_n from x = a_0 .. a_{n-1}: [batch, pos, d_vocab] -> [batch, pos, d_vocab].
 
         hooks: {hook name: fn}; fn(activation) returns what takes its place, a tensor of the same shape.
-        cache: a dict that is filled with every activation under its hook name, after the hooks have had their turn.
+        cache: a dict that is filled with every activation under its hook name, after the hooks have had their
+        turn.
 
-        Raises ValueError for an x of another shape, of more than n_ctx positions or of integers, and for a hook that
-        returns another shape; KeyError for an unknown hook name.
+        Raises ValueError for an x of another shape, of more than n_ctx positions or of integers, and for a
+        hook that returns another shape; KeyError for an unknown hook name.
         """
         config = self.config
         if x.dim() != 3 or x.shape[-1] != config.d_vocab or not 1 <= x.shape[1] <= config.n_ctx:
-            raise ValueError(
-                f"x must be [batch, pos, d_vocab = {config.d_vocab}] with 1 to n_ctx = {config.n_ctx} positions, not {list(x.shape)}"
-            )
+            wanted = f"[batch, pos, d_vocab = {config.d_vocab}] with 1 to n_ctx = {config.n_ctx} positions"
+            raise ValueError(f"x must be {wanted}, not {list(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"x must hold floating point vectors, not {x.dtype}: this model has no tokens")
         at = self.watch(hooks, cache)
@@ -286,11 +292,12 @@ class Transformer(nn.Module):
         hooks: dict[str, Callable] | None = None,
         cache: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """The rest of the forward pass, from blocks.{layer}.hook_resid_pre on: resid [batch, pos, d_model] -> [batch, pos, d_vocab].
+        """The rest of the forward pass, from blocks.{layer}.hook_resid_pre on: resid [batch, pos, d_model] ->
+        [batch, pos, d_vocab].
 
-        An intervention in one layer leaves everything before it as it was, and need not compute it again. With
-        layer = n_layers only ln_final and the unembedding are left: the logit lens. Hooks before `layer` do nothing.
-        Raises ValueError for a layer outside 0 .. n_layers, else as `forward` does.
+        An intervention in one layer leaves everything before it as it was, and need not compute it again.
+        With layer = n_layers only ln_final and the unembedding are left: the logit lens. Hooks before `layer`
+        do nothing. Raises ValueError for a layer outside 0 .. n_layers, else as `forward` does.
         """
         at = self.watch(hooks, cache)
         if not 0 <= layer <= len(self.blocks):
@@ -304,11 +311,11 @@ class Transformer(nn.Module):
 def fold(transformer: Transformer) -> Transformer:
     """A new model with the same outputs, in which every circuit can be read off the weights (section 4.1).
 
-    LayerNorm weights and biases go into the matrices that read the normalised vector, value biases into b_O. A
-    normalised vector has mean 0 over d_model, so the mean of a reading matrix over d_model has no effect and is removed;
-    a LayerNorm ignores the mean of what it reads, so the mean of what is written to the residual stream is
-    removed as well. Leaves ln.w = 1, ln.b = 0 and b_V = 0. TransformerLens' center_unembed is left out on purpose: it
-    changes every output by a constant, which only a softmax would ignore.
+    LayerNorm weights and biases go into the matrices that read the normalised vector, value biases into b_O.
+    A normalised vector has mean 0 over d_model, so the mean of a reading matrix over d_model has no effect
+    and is removed; a LayerNorm ignores the mean of what it reads, so the mean of what is written to the
+    residual stream is removed as well. Leaves ln.w = 1, ln.b = 0 and b_V = 0. TransformerLens' center_unembed
+    is left out on purpose: it changes every output by a constant, which only a softmax would ignore.
     """
     model = copy.deepcopy(transformer)
 
@@ -347,8 +354,8 @@ def fold(transformer: Transformer) -> Transformer:
 
 @contextlib.contextmanager
 def replacing(path: str):
-    """A binary file to write, which takes the place of `path` once it is complete: a kill or an error before that
-    leaves the old one. OSError, with the path, if it cannot be written."""
+    """A binary file to write, which takes the place of `path` once it is complete: a kill or an error before
+    that leaves the old one. OSError, with the path, if it cannot be written."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
@@ -363,8 +370,8 @@ def replacing(path: str):
 
 
 def save_file(value, path: str):
-    """torch.save to `path`, whole or not at all. By way of memory, since torch's own writer turns a full disk into a
-    RuntimeError that does not name the file."""
+    """torch.save to `path`, whole or not at all. By way of memory, since torch's own writer turns a full disk
+    into a RuntimeError that does not name the file."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     with replacing(path) as f:
@@ -399,7 +406,8 @@ def load_file(path: str, what: str) -> dict:
 
 
 def settings_beside(path: str) -> dict:
-    """What the config.json of a run says, given one of its weights files, also one in steps/; {} if it has none."""
+    """What the config.json of a run says, given one of its weights files, also one in steps/; {} if it has
+    none."""
     folder = os.path.dirname(path)
     if os.path.basename(folder) == "steps":
         folder = os.path.dirname(folder)
@@ -408,10 +416,11 @@ def settings_beside(path: str) -> dict:
 
 
 def load_weights(path: str) -> Transformer:
-    """The model whose state dict `train.py` wrote to `path`, built as the config.json beside it says (defaults without).
+    """The model whose state dict `train.py` wrote to `path`, built as the config.json beside it says
+    (defaults without).
 
-    Raises FileNotFoundError if there is no such file; ValueError if it or config.json cannot be read, its names or
-    shapes are not those of the config, or a value is not finite.
+    Raises FileNotFoundError if there is no such file; ValueError if it or config.json cannot be read, its
+    names or shapes are not those of the config, or a value is not finite.
     """
     state, settings = load_file(path, "weights file"), settings_beside(path)
     model = Transformer(Config(**{f.name: settings[f.name] for f in fields(Config) if f.name in settings}))

@@ -2,7 +2,7 @@
 
     python train.py                                   # the paper's run: 100,000 steps, into runs/paper
     python train.py --steps 2000 --out runs/short     # a short one
-    python train.py --n-layers 1 --d-mlp 512 --out runs/toy    # a toy model: every field of model.Config is an option
+    python train.py --n-layers 1 --d-mlp 512 --out runs/toy    # every field of model.Config is an option
     python train.py --resume                          # go on with a run that was stopped or killed
     python train.py --seeds 0-15 --out runs/seeds     # sixteen runs, into runs/seeds/seed_0000 and so on
     torchrun --nproc_per_node=4 train.py --seeds 0-63 --out runs/seeds    # the same, divided over four GPUs
@@ -10,13 +10,13 @@
     python analyze.py --all --run runs/paper --out runs/paper/figures     # then look at it, or at all seeds:
     python analyze.py --seeds runs/seeds --out runs/seeds/figures
 
-The run folder gets config.json (model and training settings), log.csv (step, loss: mean since the row before, eval_mse:
-on the fixed held-out set, seconds), weights.pt (the state dict), checkpoint.pt (all that resuming needs) and
-steps/00001000.pt and so on: the weights alone, at steps ever further apart. Ctrl-C saves first. A run that was killed
-and resumed ends, on the same machine, with the same bits as one that was not.
+The run folder gets config.json (model and training settings), log.csv (step, loss: mean since the row before,
+eval_mse: on the fixed held-out set, seconds), weights.pt (the state dict), checkpoint.pt (all that resuming
+needs) and steps/00001000.pt and so on: the weights alone, at steps ever further apart. Ctrl-C saves first. A
+run that was killed and resumed ends, on the same machine, with the same bits as one that was not.
 
-Parts, in order: the settings of a run; Run, what a run folder holds; Trainer, which takes the steps; `train`, the loop;
-`benchmark`; the command line.
+Parts, in order: the settings of a run; Run, what a run folder holds; Trainer, which takes the steps; `train`,
+the loop; `benchmark`; the command line.
 """
 
 import argparse
@@ -55,13 +55,14 @@ CHUNK = 100  # steps between two looks at the losses, the only moments at which 
 SAVE_SECONDS = 30  # between two checkpoints
 BENCHMARK_STEPS = 240
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings
 
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of training. Each is declared here once; the command line is made from this table and Config's."""
+    """The settings of training. Each is declared here once; the command line is made from this table and
+    Config's."""
 
     steps: int = setting(100_000, "optimizer steps; a longer run may go on from a shorter one")
     batch_size: int = setting(16, "sequences a step")
@@ -81,7 +82,8 @@ class Options:
     threads: int = setting(torch.get_num_threads(), "CPU threads")
     out: str = setting(os.path.join("runs", "paper"), "run folder")
 
-    # What may differ between two sittings of a run; the rest is in config.json, and only --steps may change there.
+    # What may differ between two sittings of a run; the rest is in config.json, and only --steps may change
+    # there.
     SITTING = ("no_steps", "no_graphs", "device", "threads", "out")
 
     def __post_init__(self):
@@ -96,8 +98,8 @@ class Options:
 
 
 def from_settings(settings: dict) -> tuple[Options, Config]:
-    """Options and Config with the values in `settings`, a flat dict such as config.json holds, and defaults for the rest.
-    ValueError if a value is out of its range."""
+    """Options and Config with the values in `settings`, a flat dict such as config.json holds, and defaults
+    for the rest. ValueError if a value is out of its range."""
     chosen = [
         {f.name: settings[f.name] for f in fields(kind) if f.name in settings} for kind in (Options, Config)
     ]
@@ -108,12 +110,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A run: what its folder holds
 
 
 class Run:
-    """Model, optimizer and the two random streams of a training run, which go on where a checkpoint left them."""
+    """Model, optimizer and the two random streams of a training run, which go on where a checkpoint left
+    them."""
 
     PROGRESS = ("step", "loss_sum", "loss_count", "seconds", "log")
 
@@ -122,7 +125,8 @@ class Run:
         self.settings = {
             k: v for k, v in (asdict(config) | asdict(self.options)).items() if k not in Options.SITTING
         }
-        # Drawn on the CPU, so that they are the same on every device; the lengths too, so that the host knows them.
+        # Drawn on the CPU, so that they are the same on every device; the lengths too, so that the host knows
+        # them.
         self.lengths = torch.Generator().manual_seed(self.options.seed)
         self.model = Transformer(config, self.lengths).to(self.options.device)
         data_seed = torch.randint(2**62, (), generator=self.lengths).item()
@@ -152,7 +156,8 @@ class Run:
         }
 
     def load_state(self, state: dict, path: str):
-        """Go on from a checkpoint. ValueError if it is none or belongs to another run; then this run is as it was."""
+        """Go on from a checkpoint. ValueError if it is none or belongs to another run; then this run is as it
+        was."""
         mine = self.state()
         if missing := sorted(mine.keys() - state.keys()):
             raise ValueError(f"{path} is no checkpoint of train.py: it lacks {missing[0]!r}")
@@ -162,10 +167,9 @@ class Run:
                     f"{path} belongs to a run with {name} {state['settings'][name]}, not {value}"
                 )
         if state["device"] != mine["device"]:
-            raise ValueError(
-                f"{path} was written on {state['device']}, whose random streams differ from those of {mine['device']}: "
-                f"resume with --device {state['device']}"
-            )
+            there, here = state["device"], mine["device"]
+            streams = f"whose random streams differ from those of {here}"
+            raise ValueError(f"{path} was written on {there}, {streams}: resume with --device {there}")
         if state["step"] > self.options.steps:
             raise ValueError(
                 f"{path} is already at step {state['step']:,}, beyond --steps {self.options.steps:,}"
@@ -178,7 +182,8 @@ class Run:
             setattr(self, name, state[name])
 
     def save(self):
-        """Write checkpoint.pt, then what follows from it. A kill in between does no harm: resuming writes it again."""
+        """Write checkpoint.pt, then what follows from it. A kill in between does no harm: resuming writes it
+        again."""
         save_file(self.state(), self.path("checkpoint.pt"))
         self.save_results()
 
@@ -197,8 +202,8 @@ class Run:
         save_file(self.weights(), self.path("steps", f"{self.step:08d}.pt"))
 
     def lock(self):
-        """Hold the run folder until `release` is called or the process ends, however it ends. ValueError if another
-        process holds it: two would write the same files."""
+        """Hold the run folder until `release` is called or the process ends, however it ends. ValueError if
+        another process holds it: two would write the same files."""
         try:
             import fcntl
         except ImportError:  # this system has no such locks
@@ -219,14 +224,13 @@ class Run:
 
     def check(self, value: float, what: str):
         if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{what} is {value} (seed {self.options.seed}): the last good checkpoint is kept; try a smaller --lr"
-            )
+            which = f"{what} is {value} (seed {self.options.seed})"
+            raise FloatingPointError(f"{which}: the last good checkpoint is kept; try a smaller --lr")
 
 
 def adamw(parameters: list[torch.Tensor], options: Options) -> torch.optim.AdamW:
-    """The paper's optimizer. Its moments exist from the start, so that a step can be captured and a checkpoint is
-    always complete."""
+    """The paper's optimizer. Its moments exist from the start, so that a step can be captured and a
+    checkpoint is always complete."""
     graphs = torch.device(options.device).type == "cuda" and not options.no_graphs
     optimizer = torch.optim.AdamW(
         parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True, capturable=graphs
@@ -238,7 +242,8 @@ def adamw(parameters: list[torch.Tensor], options: Options) -> torch.optim.AdamW
 
 
 def is_kept(step: int) -> bool:
-    """Whether steps/ keeps the weights at this step: 0, 1, 2, 4, .. 512, then 1, 2 and 5 thousand, and so on."""
+    """Whether steps/ keeps the weights at this step: 0, 1, 2, 4, .. 512, then 1, 2 and 5 thousand, and so
+    on."""
     return (
         step & (step - 1) == 0
         if step <= 512
@@ -249,18 +254,17 @@ def is_kept(step: int) -> bool:
 def refuse_existing(out: str):
     """ValueError if the folder `out` holds a run."""
     if there := [name for name in FILES if os.path.exists(os.path.join(out, name))]:
-        raise ValueError(
-            f"{out} already holds a run ({', '.join(there)}): go on with --resume, or choose another folder with --out"
-        )
+        instead = "go on with --resume, or choose another folder with --out"
+        raise ValueError(f"{out} already holds a run ({', '.join(there)}): {instead}")
 
 
 def open_run(settings: dict, resume: bool) -> Run:
     """A new run in an empty folder, or the one in the folder `settings["out"]`, locked.
 
-    settings: values of Options and Config by name, the others being defaults or, resuming, what config.json says.
-    Raises ValueError for a new run where there is one already, for a folder in use, for a checkpoint that is damaged and
-    for a setting that differs from the run's; FileNotFoundError where there is nothing to resume; OSError for a folder
-    that cannot be written.
+    settings: values of Options and Config by name, the others being defaults or, resuming, what config.json
+    says. Raises ValueError for a new run where there is one already, for a folder in use, for a checkpoint
+    that is damaged and for a setting that differs from the run's; FileNotFoundError where there is nothing to
+    resume; OSError for a folder that cannot be written.
     """
     out = settings.get("out", Options.out)
     checkpoint = os.path.join(out, "checkpoint.pt")
@@ -270,7 +274,7 @@ def open_run(settings: dict, resume: bool) -> Run:
         os.makedirs(out, exist_ok=True)
         run.lock()
         refuse_existing(out)  # nobody has begun one in the meantime
-        run.save()  # so that a run can be resumed whenever it is killed, and it shows now if the folder cannot be written
+        run.save()  # so that it can be resumed whenever it is killed; and a folder that is read-only shows now
         return run
     if not os.path.exists(checkpoint):
         raise FileNotFoundError(
@@ -283,16 +287,17 @@ def open_run(settings: dict, resume: bool) -> Run:
     return run
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A step of training
 
 
 class Trainer:
-    """Takes the steps of a run, or of several at the same step as one model whose parameters have one more dimension in
-    front, [runs, ...].
+    """Takes the steps of a run, or of several at the same step as one model whose parameters have one more
+    dimension in front, [runs, ...].
 
-    On a GPU, where a single run is too small to keep the chip busy, a stack costs little more than one. Its runs draw
-    their own sequences but share the lengths, those of the first; everything else is as in a run of its own.
+    On a GPU, where a single run is too small to keep the chip busy, a stack costs little more than one. Its
+    runs draw their own sequences but share the lengths, those of the first; everything else is as in a run of
+    its own.
     """
 
     def __init__(self, runs: list[Run]):
@@ -314,7 +319,8 @@ class Trainer:
                 yield value, [run.optimizer.state[p][name] for run, p in zip(self.runs, single)]
 
     def sample(self, length: int) -> torch.Tensor:
-        """A batch of sequences, [batch, length + 1, d_vocab], of a stack [runs, batch, length + 1, d_vocab]."""
+        """A batch of sequences, [batch, length + 1, d_vocab], of a stack [runs, batch, length + 1,
+        d_vocab]."""
         d_vocab = self.model.config.d_vocab
         batches = [
             data.sample(self.options.batch_size, length, run.sequences, d_vocab).a for run in self.runs
@@ -347,7 +353,8 @@ class Trainer:
         return loss.detach()
 
     def train_step(self) -> torch.Tensor:
-        """One step of the paper's training, on a batch of one random length. Returns the loss on the device."""
+        """One step of the paper's training, on a batch of one random length. Returns the loss on the
+        device."""
         length = torch.randint(
             data.MIN_LENGTH, data.MAX_LENGTH + 1, (), generator=self.runs[0].lengths
         ).item()
@@ -369,10 +376,11 @@ class Trainer:
                     value.copy_(stack[i] if stack.dim() > value.dim() else stack)
 
     def capture(self):
-        """Record the step as CUDA graphs, one for each length: replaying one costs a launch instead of several hundred.
+        """Record the step as CUDA graphs, one for each length: replaying one costs a launch instead of
+        several hundred.
 
-        They share one memory pool, since only one runs at a time and none needs what another left behind. Where
-        capturing fails, training goes on without.
+        They share one memory pool, since only one runs at a time and none needs what another left behind.
+        Where capturing fails, training goes on without.
         """
         # Libraries set themselves up in steps that really run; what those change is put back.
         generators = [run.sequences for run in self.runs]
@@ -412,12 +420,13 @@ class Trainer:
             generator.set_state(state)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loop
 
 
 class StopRequest:
-    """Within `with StopRequest() as stop`, Ctrl-C and SIGTERM set `stop.requested` instead of breaking a step off."""
+    """Within `with StopRequest() as stop`, Ctrl-C and SIGTERM set `stop.requested` instead of breaking a step
+    off."""
 
     def __enter__(self):
         self.requested = False
@@ -433,7 +442,8 @@ class StopRequest:
 
 
 class Progress:
-    """One line on a terminal that is rewritten as training goes on; elsewhere, one line for each row of the log."""
+    """One line on a terminal that is rewritten as training goes on; elsewhere, one line for each row of the
+    log."""
 
     def __init__(self, runs: list[Run]):
         self.runs, self.first_step, self.start = runs, runs[0].step, time.perf_counter()
@@ -463,8 +473,8 @@ class Progress:
 def train(runs: list[Run]) -> bool:
     """Train runs that are at the same step, as one, until `options.steps`.
 
-    False if they were stopped early (and saved) by Ctrl-C. Raises FloatingPointError, and saves nothing more, as soon as
-    a loss is not finite; OSError where a file cannot be written.
+    False if they were stopped early (and saved) by Ctrl-C. Raises FloatingPointError, and saves nothing more,
+    as soon as a loss is not finite; OSError where a file cannot be written.
     """
     options, trainer = runs[0].options, Trainer(runs)
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
@@ -520,8 +530,8 @@ def train(runs: list[Run]) -> bool:
 def train_all(settings: list[dict], resume: bool, start_missing: bool) -> bool:
     """Train runs one after the other on a CPU, all as one on a GPU. False if they were stopped.
 
-    With `start_missing`, resuming starts those that had not begun yet, with the settings of the first that had.
-    Raises what `open_run` and `train` raise.
+    With `start_missing`, resuming starts those that had not begun yet, with the settings of the first that
+    had. Raises what `open_run` and `train` raise.
     """
     checkpoints = [os.path.join(s.get("out", Options.out), "checkpoint.pt") for s in settings]
     new = [not resume or (start_missing and not os.path.exists(path)) for path in checkpoints]
@@ -548,15 +558,16 @@ def train_all(settings: list[dict], resume: bool, start_missing: bool) -> bool:
     return True
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Where the time goes
 
 
 def benchmark(settings: dict, steps: int) -> str:
-    """Where the time of a step goes: a table with the median and spread over rounds of one step of each length.
+    """Where the time of a step goes: a table with the median and spread over rounds of one step of each
+    length.
 
-    The floor, measured in the same rounds, is the bare matrix products of a step, forward and backward, and one pass of
-    AdamW over memory: parameters, gradients and two moments read, all but the gradients written.
+    The floor, measured in the same rounds, is the bare matrix products of a step, forward and backward, and
+    one pass of AdamW over memory: parameters, gradients and two moments read, all but the gradients written.
     """
     run = Run(settings)
     trainer, options, config, cuda = (
@@ -588,7 +599,7 @@ def benchmark(settings: dict, steps: int) -> str:
 
         if not cuda:
             return multiply
-        multiply()  # sets the library up; then the floor is captured too, or it would be the time of launching kernels
+        multiply()  # sets the library up; then it is captured too, or its time would be that of launching kernels
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             multiply()
@@ -620,7 +631,8 @@ def benchmark(settings: dict, steps: int) -> str:
                 if cuda:
                     torch.cuda.synchronize()
                 spent[name] = spent.get(name, 0.0) + 1e3 * (time.perf_counter() - start) / len(data.LENGTHS)
-        # A copy moves 8 bytes a number; AdamW reads 16 and writes 12 for each parameter, of which there are a quarter.
+        # A copy moves 8 bytes a number; AdamW reads 16 and writes 12 for each parameter, of which there are a
+        # quarter.
         spent["memory"] *= 28 / 32
         spent["step"] = sum(spent[name] for name in ("sampling", "forward", "backward", "AdamW"))
         rounds.append(spent)
@@ -633,18 +645,18 @@ def benchmark(settings: dict, steps: int) -> str:
         rows.append(f"{name:14}" + "".join(f"{values.quantile(q).item():9.3f}" for q in (0.5, 0.05, 0.95)))
     best = times["captured step" if trainer.graphs else "step"].median().item()
     floor = (times["products"].median() + times["memory"].median()).item()
-    rows.append(
-        f"{1e3 / best:.1f} steps per second; floor {floor:.3f} ms (products + memory), ratio {best / floor:.2f}"
-    )
+    rate = f"{1e3 / best:.1f} steps per second"
+    rows.append(f"{rate}; floor {floor:.3f} ms (products + memory), ratio {best / floor:.2f}")
     return "\n".join(rows)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command line
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with exit status 2, and which returns only what was given."""
+    """An ArgumentParser whose errors are one line, with exit status 2, and which returns only what was
+    given."""
 
     def __init__(self, doc: str):
         raw = argparse.RawDescriptionHelpFormatter
@@ -710,8 +722,9 @@ def command_line() -> CommandLine:
 
 
 def keep_freed_memory():
-    """Let glibc keep the memory that a step frees for the next one. It would hand it back to the system and get fresh
-    pages, and a page fault for each, hundreds a step. Does nothing where the C library is another one."""
+    """Let glibc keep the memory that a step frees for the next one. It would hand it back to the system and
+    get fresh pages, and a page fault for each, hundreds a step. Does nothing where the C library is another
+    one."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
