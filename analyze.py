@@ -446,9 +446,8 @@ def claim_mse(study: Study) -> Finding:
     """Mean over the lengths 3 to 14 of the MSE over the predictions of a_3 and later, weights of the last
     step, new sequences. At most 2e-4, twice the paper's value, since with a constant learning rate the MSE
     wanders by such a factor between evaluations; partly up to 1e-3."""
-    samples = data.held_out(
-        HELD_OUT_PER_LENGTH * study.size // POPULATION, study.generator("held out").initial_seed()
-    )
+    per_length = max(1, HELD_OUT_PER_LENGTH * study.size // POPULATION)
+    samples = data.held_out(per_length, study.generator("held out").initial_seed())
     by_length = [predictor_errors(study, s.a) for s in samples]
     errors = torch.stack([each["model"].mean(1) for each in by_length])  # [lengths, sequences]
     measured = errors.mean()
@@ -2113,7 +2112,9 @@ def figure_course(courses: dict[str, dict]):
     layer."""
     titles = list(next(iter(next(iter(courses.values())).values())))
     canvas, panels = grid(3, 3, 11, 8.5, f"When it forms, over {len(courses)} seeds", sharex=True)
-    for axes, title in zip(panels.flat, titles, strict=True):
+    for axes in panels.flat[len(titles) :]:
+        axes.axis("off")
+    for axes, title in zip(panels.flat, titles):
         for i, steps in enumerate(courses.values()):
             for color, label in zip(LAYER_COLORS, next(iter(steps.values()))[title]):
                 y = [found[title][label] for found in steps.values()]
@@ -2152,12 +2153,11 @@ def seeds_markdown(settings: dict[str, dict]) -> str:
     ]
     for name, found in first.items():
         cells = [f"[`{name}`](results.md#{name})", paper_text(CLAIMS[name].paper), CLAIMS[name].unit]
-        for claims in (setting["claims"] for setting in settings.values()):
-            groups = claims[name]["values"].items()
-            values = "<br>".join(
-                f"{label}: {short(group['mean'])} ({short(group['sd'])})" for label, group in groups
-            )
-            cells.append(f"**{' / '.join(map(str, count_verdicts(claims[name]).values()))}**<br>{values}")
+        for each in (setting["claims"].get(name) for setting in settings.values()):
+            groups = each["values"].items() if each else ()
+            values = [f"{label}: {short(group['mean'])} ({short(group['sd'])})" for label, group in groups]
+            counts = f"**{' / '.join(map(str, count_verdicts(each).values()))}**" if each else "-"
+            cells.append("<br>".join([counts, *values]))
         cells.append(
             "<br>".join(f"{label}: {short(group['untrained'])}" for label, group in found["values"].items())
         )
@@ -2192,7 +2192,8 @@ def open_runs(folder: str) -> tuple[str, dict[str, str]]:
     for path in runs:
         config = load_weights(os.path.join(path, "weights.pt")).config
         step = int(read_log(os.path.join(path, "log.csv"))["step"][-1])
-        found.add((f"{config.act_fn}, {config.initializer_range:.3g}", step))
+        layers = "" if config.n_layers == 3 else f", {config.n_layers} layers"
+        found.add((f"{config.act_fn}, {config.initializer_range:.3g}{layers}", step))
         if len(found) > 1:
             settings = " and ".join(f"{setting} at step {step:,}" for setting, step in sorted(found))
             raise ValueError(
