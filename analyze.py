@@ -121,8 +121,7 @@ def verdict(full, part=False) -> str:
 
 
 def fit_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Slope, intercept and R^2 of the least squares line through the points (x_d, y_d), d over the last
-    dimension."""
+    """Slope, intercept and R^2 of the least squares line through (x_d, y_d), d over the last dimension."""
     x_mean, y_mean = x.mean(-1, keepdim=True), y.mean(-1, keepdim=True)
     dx, dy = x - x_mean, y - y_mean
     xx, yy, xy = (dx * dx).sum(-1), (dy * dy).sum(-1), (dx * dy).sum(-1)
@@ -162,39 +161,33 @@ def median_interval(values: Tensor) -> list[float]:
 
 
 def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """MSE of each sequence over the predictable positions: [batch, pos, d_vocab] -> [batch]. Its mean is
-    data.mse."""
+    """MSE of each sequence over the predictable positions, [batch, pos, d_vocab] -> [batch]: see data.mse."""
     return ((prediction - target)[:, FIRST_POSITION:] ** 2).mean((1, 2))
 
 
 def recent(x: Tensor, lag: int) -> Tensor:
-    """a_{n-lag} for the predictable positions n = 2 .., of inputs x [batch, pos, ...]: [batch, pos - 2,
-    ...]."""
+    """a_{n-lag} for n = 2 .., of inputs x: [batch, pos, d_vocab] -> [batch, pos - 2, d_vocab]."""
     return x[:, FIRST_POSITION - lag : x.shape[1] - lag]
 
 
 def neighbours(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a_{n+1}, a_n and a_{n-1} for n = 2 .., each [batch, pos - 2, d_vocab], of sequences a [batch, pos + 1,
-    d_vocab]."""
+    """a_{n+1}, a_n, a_{n-1} for n = 2 .., of sequences a [batch, pos, d_vocab]: each [batch, pos - 3, d_vocab]."""
     return a[:, FIRST_POSITION + 1 :], recent(a[:, :-1], 0), recent(a[:, :-1], 1)
 
 
 class Study:
     """A trained model and what is measured on it more than once. Nothing is computed before it is asked for.
 
-    size: sequences in the population and in the test set. log: the run's log.csv, if anything reads that.
+    size: sequences in the population and in the test set, 0 for POPULATION. log: the run's log.csv.
     """
 
-    def __init__(
-        self, transformer: Transformer, seed: int, size: int = POPULATION, log: np.ndarray | None = None
-    ):
+    def __init__(self, transformer: Transformer, seed: int, size: int = 0, log: np.ndarray | None = None):
         self.model = fold(transformer).requires_grad_(False)
-        self.seed, self.size, self.log = seed, size, log
+        self.seed, self.size, self.log = seed, size or POPULATION, log
         self.layers, self.heads = range(self.model.config.n_layers), range(self.model.config.n_heads)
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A random stream of its own for each purpose, so that a number does not depend on what else is
-        computed."""
+        """A random stream for each purpose, so that a number does not depend on what else is computed."""
         return torch.Generator().manual_seed(random.Random(f"{self.seed} {purpose}").getrandbits(62))
 
     def draw(self, purpose: str, size: int, c_range: tuple[float, float] = (-2.0, 2.0)) -> data.Sample:
@@ -287,8 +280,7 @@ class Study:
         return self.errors()
 
     def compare(self, errors: Tensor) -> dict:
-        """MSE of an arm, its ratio to the unchanged model's and the interval of their difference, on the same
-        sequences."""
+        """MSE of an arm, its ratio to the unchanged model's and the interval of their difference."""
         difference = bootstrap(errors - self.baseline, self.generator("compare"))
         return {
             "mse": errors.mean(),
@@ -307,8 +299,7 @@ class Study:
 
 
 def open_study(run: str, seed: int) -> Study:
-    """The study of a run folder. FileNotFoundError or ValueError without weights.pt and log.csv as train.py
-    writes them."""
+    """The study of a run folder. FileNotFoundError or ValueError unless it is as train.py writes it."""
     if not os.path.isdir(run):
         raise FileNotFoundError(
             f"there is no run folder {run}: give one with weights.pt and log.csv, such as weights"
@@ -319,14 +310,14 @@ def open_study(run: str, seed: int) -> Study:
 
 
 def read_log(path: str) -> np.ndarray:
-    """log.csv of a run as a structured array. FileNotFoundError or ValueError unless it is one, with finite
-    numbers."""
+    """log.csv as a structured array. FileNotFoundError or ValueError unless it is one, and finite."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no training log at {path}")
     with warnings.catch_warnings(), open(path, errors="replace") as f:
         warnings.simplefilter("ignore")  # an empty file is reported below
-        lines = f.read().splitlines() or [""]
-        rows = np.atleast_1d(np.genfromtxt(lines, delimiter=",", names=True, invalid_raise=False))
+        lines = f.read().splitlines()
+        rows = np.genfromtxt(lines, delimiter=",", names=True, invalid_raise=False) if lines else np.empty(0)
+    rows = np.atleast_1d(rows)
     names = rows.dtype.names or ()
     good = (
         names[:3] == ("step", "loss", "eval_mse")
@@ -558,19 +549,17 @@ def figure_out_of_distribution(study: Study):
 
 
 def previous_token_score(pattern: Tensor) -> Tensor:
-    """Mean attention from positions 1.. to the one before, by head: [batch, n_heads, dest, src] ->
-    [n_heads]."""
+    """Mean attention from positions 1.. to the one before: [batch, n_heads, dest, src] -> [n_heads]."""
     return pattern.diagonal(-1, dim1=-2, dim2=-1).mean((0, 2))
 
 
 def second_token_score(pattern: Tensor) -> Tensor:
-    """Mean attention from positions 3.. to position 1, by head: [batch, n_heads, dest, src] -> [n_heads]."""
+    """Mean attention from positions 3.. to position 1: [batch, n_heads, dest, src] -> [n_heads]."""
     return pattern[:, :, 3:, 1].mean((0, 2))
 
 
 def uniform_pattern(positions: int) -> Tensor:
-    """Attention spread evenly over all sources, [1, 1, positions, positions]: what the scores are measured
-    against."""
+    """Attention spread evenly over all sources, [1, 1, positions, positions]."""
     ones = torch.ones(positions, positions).tril()
     return (ones / ones.sum(-1, keepdim=True))[None, None]
 
@@ -834,28 +823,24 @@ def qk_circuit(model: Transformer, layer: int) -> Tensor:
 
 
 def full_ov_circuit(model: Transformer, layer: int) -> Tensor:
-    """W_E W_V W_O W_U of each head, [n_heads, d_vocab, d_vocab]: the same between data vectors, LayerNorm
-    left out."""
+    """W_E W_V W_O W_U of each head, [n_heads, d_vocab, d_vocab]: between data vectors, no LayerNorm."""
     return model.embed.W_E @ ov_circuit(model, layer) @ model.unembed.W_U
 
 
 def full_qk_circuit(model: Transformer, layer: int) -> Tensor:
-    """W_E W_Q W_K^T W_E^T of each head, [n_heads, d_vocab, d_vocab]: the score between data vectors, without
-    LayerNorm."""
+    """W_E W_Q W_K^T W_E^T of each head, [n_heads, d_vocab, d_vocab]: between data vectors, no LayerNorm."""
     return model.embed.W_E @ qk_circuit(model, layer) @ model.embed.W_E.T
 
 
 def outside_share(x: Tensor, W_E: Tensor) -> Tensor:
-    """Share of the norm of x [..., d_model] outside the span of the rows of W_E [d_vocab, d_model], in [0,
-    1]."""
+    """Share of the norm of x [..., d_model] outside the span of the rows of W_E, in [0, 1]."""
     _, s, V_T = torch.linalg.svd(W_E, full_matrices=False)
     V_T = V_T[s > s[0] * 1e-5]  # a basis of the span, also when the rows are dependent
     return (x - x @ V_T.T @ V_T).norm(dim=-1) / x.norm(dim=-1)
 
 
 def random_vectors(study: Study) -> Tensor:
-    """Gaussian vectors, as many as there are residual stream vectors in the population, [size, 14,
-    d_model]."""
+    """Gaussian vectors, as many as the population has residual stream vectors, [size, 14, d_model]."""
     shape = (study.size, MAX_LENGTH, study.model.config.d_model)
     return torch.randn(shape, generator=study.generator("random vectors"))
 
@@ -931,8 +916,7 @@ def claim_l0_ov_r2(study: Study) -> Finding:
 
 @claim("its slope", [2.1, 2.5], figure=8, unit="slope")
 def claim_l0_ov_slope(study: Study) -> Finding:
-    """Median slope over the same vectors. Within the paper's 2.1 to 2.5; partly within a factor of two of
-    that."""
+    """Median slope over the same vectors. Within 2.1 to 2.5; partly within a factor of two of that."""
     slope, control = ov_fits(study)["data vectors"][0], ov_control(study, 0)
     measured = slope.median()
     how = verdict(2.1 <= measured <= 2.5, 1.05 <= measured <= 5)
@@ -1103,8 +1087,7 @@ def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
 
 
 def head_ablations(study: Study, values: dict[str, Tensor]) -> Tensor:
-    """MSE with the output of each head replaced by `values`, relative to the unchanged model, [n_layers,
-    n_heads]."""
+    """MSE with each head's output replaced by `values`, over the unchanged one, [n_layers, n_heads]."""
     hooks = [[interventions.replace_outputs(values, [(l, h)]) for h in study.heads] for l in study.layers]
     means = [[study.errors(l, hook, count=HEAD_ABLATION).mean() for hook in hooks[l]] for l in study.layers]
     return torch.tensor(means) / study.baseline[:HEAD_ABLATION].mean()
@@ -1148,8 +1131,7 @@ def claim_l1_ov_effective_rank(study: Study) -> Finding:
 
 
 def draw_circuit(circuits: Tensor, title: str, xlabel: str, ylabel: str):
-    """The circuits of a layer, [n_heads, d_model, d_model]: head 0 large, the others small beside it, one
-    colour scale."""
+    """The circuits of a layer, [n_heads, d_model, d_model]: head 0 large, the others beside it."""
     canvas = plt.figure(figsize=(11, 4.6), layout="constrained")
     canvas.suptitle(title)
     width = len(circuits) // 2
@@ -1203,8 +1185,7 @@ def eigenvalue_score(circuit: Tensor) -> Tensor:
 
 
 def ov_eigenvalue_scores(model: Transformer) -> Tensor:
-    """Eigenvalue score of W_V W_O, [n_layers, n_heads] (Figure 15), from the d_head x d_head product W_O
-    W_V."""
+    """Eigenvalue score of W_V W_O, [n_layers, n_heads], from the d_head x d_head product W_O W_V."""
     return torch.stack([eigenvalue_score(block.attn.W_O @ block.attn.W_V) for block in model.blocks])
 
 
@@ -1249,8 +1230,7 @@ def figure_qk_layer_2(study: Study):
 
 
 def lens(study: Study, hook: str) -> Tensor:
-    """Residual stream at a hook point, unembedded as if it were the last (logit lens), [batch, pos,
-    d_vocab]."""
+    """Residual stream at a hook point, unembedded as if it were the last (logit lens)."""
     return study.model.run_from(len(study.layers), study.activations[hook])
 
 
@@ -1987,8 +1967,7 @@ MARKS = {
 
 
 def course(study: Study) -> dict[str, dict[str, float]]:
-    """What is followed through the steps of a run, measured as the claims do but on few sequences: {what:
-    {which: number}}."""
+    """What is followed through a run, as the claims measure it but on few sequences: {what: {which: ..}}."""
     layers = study.layers
     patterns = [study.activations[f"blocks.{l}.attn.hook_pattern"] for l in layers]
     attribution = attributions(study, "attn.hook_result")["paper, next"][..., FIRST_POSITION:].mean((1, 2))
@@ -2021,8 +2000,7 @@ def kept_steps(run: str) -> list[str]:
 
 
 def measure_run(run: str, seed: int, progress: "Progress") -> dict:
-    """Claims and course of a run: its results.json if that is of the same weights, code and seed, else
-    written there."""
+    """Claims and course of a run: its results.json if of these weights, this code and seed, else anew."""
     path, name, steps = os.path.join(run, "results.json"), os.path.basename(run), kept_steps(run)
     study = open_study(run, seed)
     described = meta(study, run) | {"steps": len(steps)}
@@ -2071,8 +2049,7 @@ def count_verdicts(claim: dict) -> dict[str, int]:
 
 
 def figure_seeds(claims: dict[str, dict]):
-    """A panel for each claim of `over_seeds`: a mark for each seed, in the same order everywhere, a bar at
-    their mean."""
+    """A panel for each claim of `over_seeds`: a mark for each seed, in one order, a bar at their mean."""
     rows, seeds = -(-(len(claims) + 1) // 4), len(next(iter(claims.values()))["verdicts"])
     canvas, panels = grid(rows, 4, 11, 2.3 * rows, f"The claims over {seeds} seeds")
     for axes, (name, found) in zip(panels.flat, claims.items()):
@@ -2108,8 +2085,7 @@ def figure_seeds(claims: dict[str, dict]):
 
 
 def figure_course(courses: dict[str, dict]):
-    """A panel for each measure that `course` follows, from {seed: {step: course}}: a line a seed and
-    layer."""
+    """A panel for each measure of `course`, from {seed: {step: course}}: a line a seed and layer."""
     titles = list(next(iter(next(iter(courses.values())).values())))
     canvas, panels = grid(3, 3, 11, 8.5, f"When it forms, over {len(courses)} seeds", sharex=True)
     for axes in panels.flat[len(titles) :]:
@@ -2138,8 +2114,7 @@ def figure_course(courses: dict[str, dict]):
 
 
 def seeds_markdown(settings: dict[str, dict]) -> str:
-    """seeds.md: the verdicts and values of each claim over the seeds of each setting, and those of each
-    seed."""
+    """seeds.md: the verdicts and values of each claim over the seeds of each setting, and of each seed."""
     first = next(iter(settings.values()))["claims"]
     lines = [
         "# The claims over seeds and settings",
@@ -2389,8 +2364,7 @@ def table(results: dict) -> str:
 
 
 class Progress:
-    """A line on the terminal that names what is being made, with the time taken and, after the first, the
-    time left."""
+    """A line on the terminal that names what is being made, with the time taken and the time left."""
 
     def __init__(self, total: int):
         self.total, self.done, self.start, self.live = total, 0, time.perf_counter(), sys.stderr.isatty()
@@ -2446,8 +2420,7 @@ def measure(study: Study, claims: Iterable[str], progress: Progress, prefix: str
 
 
 def analyse(run: str, seed: int, out: str, figures: list[int] | None):
-    """Draw `figures` of a run into `out`; for None all, and measure every claim: results.json, results.md and
-    a table."""
+    """Draw `figures` of a run into `out`; for None all, and measure every claim, with the reports."""
     study = open_study(run, seed)
     numbers, claims = applicable(FIGURES, study), applicable(CLAIMS, study) if figures is None else []
     wanted = sorted(FIGURES if figures is None else set(figures))

@@ -121,8 +121,7 @@ def solve_two_steps(x: Tensor) -> Tensor:
 
 
 def ratio(step: Tensor, next_step: Tensor) -> Tensor:
-    """The factor of least squares from one step to the next, [..., d_vocab] -> [..., 1], 0 where there is no
-    step."""
+    """The factor from one step to the next (least squares), [..., d_vocab] -> [..., 1]; 0 without a step."""
     squared = (step**2).sum(-1, keepdim=True)
     return torch.where(squared > 0, (step * next_step).sum(-1, keepdim=True) / squared, 0.0)
 

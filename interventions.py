@@ -37,8 +37,7 @@ def layer_heads(model: Transformer, layer: int) -> list[Head]:
 
 
 def output_names(model: Transformer) -> list[str]:
-    """The hook points at which `replace_outputs` acts: hook_z of every attention layer, hook_mlp_out of every
-    MLP."""
+    """The hook points of `replace_outputs`: hook_z of every attention layer, hook_mlp_out of every MLP."""
     return [
         name
         for l in range(model.config.n_layers)
@@ -47,8 +46,7 @@ def output_names(model: Transformer) -> list[str]:
 
 
 def record(names: Iterable[str], into: dict[str, Tensor]) -> dict[str, Callable]:
-    """Hooks that change nothing and keep the activations `names` in `into`; a cache would keep, and
-    materialise, them all."""
+    """Hooks that change nothing and keep the activations `names` in `into`; a cache would keep them all."""
 
     def keep(name: str) -> Callable:
         return lambda value: into.setdefault(name, value)
@@ -105,14 +103,12 @@ def replace_outputs(
 
 
 def hold(values: dict[str, Tensor]) -> dict[str, Callable]:
-    """Hooks that give activations the `values` they had in another pass, whatever they would be: {hook name:
-    tensor}."""
+    """Hooks that give activations the `values` they had in another pass, {hook name: tensor}."""
     return {name: lambda value, new=new: new.to(value).expand_as(value) for name, new in values.items()}
 
 
 def patch_positions(values: dict[str, Tensor], positions: Iterable[int]) -> dict[str, Callable]:
-    """Hooks that give activations [batch, pos, ...] the `values` they had in another pass at some positions
-    only."""
+    """Hooks that give activations [batch, pos, ...] the `values` of another pass at some positions only."""
     positions = list(positions)
 
     def patch(new: Tensor) -> Callable:

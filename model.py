@@ -39,8 +39,7 @@ ACTIVATIONS = {"relu": F.relu, "gelu_new": lambda x: F.gelu(x, approximate="tanh
 
 
 def setting(default, help: str, zero: bool = False, choices: tuple[str, ...] = ()):
-    """A field of a dataclass of settings, with what `check_settings` and the command line of train.py need to
-    know."""
+    """A field of settings, with what `check_settings` and the command line of train.py need to know."""
     return field(default=default, metadata={"help": help, "zero": zero, "choices": choices})
 
 
@@ -110,14 +109,12 @@ class Hooks:
 
 
 def affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """x W + b over the last dimension, as a single matrix product: [batch, pos, i] x [i, o] -> [batch, pos,
-    o]."""
+    """x W + b over the last dimension, as one matrix product: [batch, pos, i] x [i, o] -> [batch, pos, o]."""
     return torch.addmm(b, x.flatten(0, -2), W).unflatten(0, x.shape[:-1])
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + eps) * w + b over d_model. As in TransformerLens, hook_normalized comes
-    after w and b."""
+    """(x - mean) / sqrt(variance + eps) * w + b; as in TransformerLens hook_normalized comes after w, b."""
 
     def __init__(self, config: Config, name: str):
         super().__init__()
@@ -136,8 +133,7 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The heads of a layer. A head's QK circuit decides where it reads, its OV circuit what it writes
-    (A.1)."""
+    """The heads of a layer. A head's QK circuit decides where it reads, its OV circuit what it writes."""
 
     def __init__(self, config: Config, name: str):
         super().__init__()
@@ -406,8 +402,7 @@ def load_file(path: str, what: str) -> dict:
 
 
 def settings_beside(path: str) -> dict:
-    """What the config.json of a run says, given one of its weights files, also one in steps/; {} if it has
-    none."""
+    """What the config.json of a run says, given one of its weights files (in steps/ too); {} without one."""
     folder = os.path.dirname(path)
     if os.path.basename(folder) == "steps":
         folder = os.path.dirname(folder)

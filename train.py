@@ -61,8 +61,7 @@ BENCHMARK_STEPS = 240
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of training. Each is declared here once; the command line is made from this table and
-    Config's."""
+    """The settings of training, each declared here once; the command line is made from this and Config."""
 
     steps: int = setting(100_000, "optimizer steps; a longer run may go on from a shorter one")
     batch_size: int = setting(16, "sequences a step")
@@ -115,8 +114,7 @@ def flag(name: str) -> str:
 
 
 class Run:
-    """Model, optimizer and the two random streams of a training run, which go on where a checkpoint left
-    them."""
+    """Model, optimizer and the two random streams of a run, which go on where a checkpoint left them."""
 
     PROGRESS = ("step", "loss_sum", "loss_count", "seconds", "log")
 
@@ -156,8 +154,7 @@ class Run:
         }
 
     def load_state(self, state: dict, path: str):
-        """Go on from a checkpoint. ValueError if it is none or belongs to another run; then this run is as it
-        was."""
+        """Go on from a checkpoint. ValueError, and no change, if it is none or belongs to another run."""
         mine = self.state()
         if missing := sorted(mine.keys() - state.keys()):
             raise ValueError(f"{path} is no checkpoint of train.py: it lacks {missing[0]!r}")
@@ -182,8 +179,7 @@ class Run:
             setattr(self, name, state[name])
 
     def save(self):
-        """Write checkpoint.pt, then what follows from it. A kill in between does no harm: resuming writes it
-        again."""
+        """Write checkpoint.pt, then what follows from it, which resuming would write again after a kill."""
         save_file(self.state(), self.path("checkpoint.pt"))
         self.save_results()
 
@@ -242,8 +238,7 @@ def adamw(parameters: list[torch.Tensor], options: Options) -> torch.optim.AdamW
 
 
 def is_kept(step: int) -> bool:
-    """Whether steps/ keeps the weights at this step: 0, 1, 2, 4, .. 512, then 1, 2 and 5 thousand, and so
-    on."""
+    """Whether steps/ keeps the weights: at 0, 1, 2, 4, .. 512, then 1, 2 and 5 thousand, and so on."""
     return (
         step & (step - 1) == 0
         if step <= 512
@@ -274,7 +269,7 @@ def open_run(settings: dict, resume: bool) -> Run:
         os.makedirs(out, exist_ok=True)
         run.lock()
         refuse_existing(out)  # nobody has begun one in the meantime
-        run.save()  # so that it can be resumed whenever it is killed; and a folder that is read-only shows now
+        run.save()  # so that it can be resumed whenever it is killed, and a read-only folder shows now
         return run
     if not os.path.exists(checkpoint):
         raise FileNotFoundError(
@@ -319,8 +314,7 @@ class Trainer:
                 yield value, [run.optimizer.state[p][name] for run, p in zip(self.runs, single)]
 
     def sample(self, length: int) -> torch.Tensor:
-        """A batch of sequences, [batch, length + 1, d_vocab], of a stack [runs, batch, length + 1,
-        d_vocab]."""
+        """A batch of sequences, [batch, length + 1, d_vocab], or [runs, batch, length + 1, d_vocab]."""
         d_vocab = self.model.config.d_vocab
         batches = [
             data.sample(self.options.batch_size, length, run.sequences, d_vocab).a for run in self.runs
@@ -353,8 +347,7 @@ class Trainer:
         return loss.detach()
 
     def train_step(self) -> torch.Tensor:
-        """One step of the paper's training, on a batch of one random length. Returns the loss on the
-        device."""
+        """One step of the paper's training, on a batch of one random length. Returns the loss."""
         length = torch.randint(
             data.MIN_LENGTH, data.MAX_LENGTH + 1, (), generator=self.runs[0].lengths
         ).item()
@@ -425,8 +418,7 @@ class Trainer:
 
 
 class StopRequest:
-    """Within `with StopRequest() as stop`, Ctrl-C and SIGTERM set `stop.requested` instead of breaking a step
-    off."""
+    """Within `with StopRequest() as stop`, Ctrl-C and SIGTERM set `stop.requested` and break nothing off."""
 
     def __enter__(self):
         self.requested = False
@@ -442,8 +434,7 @@ class StopRequest:
 
 
 class Progress:
-    """One line on a terminal that is rewritten as training goes on; elsewhere, one line for each row of the
-    log."""
+    """One line on a terminal, rewritten as training goes on; elsewhere, one for each row of the log."""
 
     def __init__(self, runs: list[Run]):
         self.runs, self.first_step, self.start = runs, runs[0].step, time.perf_counter()
@@ -563,19 +554,14 @@ def train_all(settings: list[dict], resume: bool, start_missing: bool) -> bool:
 
 
 def benchmark(settings: dict, steps: int) -> str:
-    """Where the time of a step goes: a table with the median and spread over rounds of one step of each
-    length.
+    """Where the time of a step goes: a table of medians over rounds of one step of each length.
 
     The floor, measured in the same rounds, is the bare matrix products of a step, forward and backward, and
     one pass of AdamW over memory: parameters, gradients and two moments read, all but the gradients written.
     """
     run = Run(settings)
-    trainer, options, config, cuda = (
-        Trainer([run]),
-        run.options,
-        run.model.config,
-        run.sequences.device.type == "cuda",
-    )
+    trainer, options, config = Trainer([run]), run.options, run.model.config
+    cuda = run.sequences.device.type == "cuda"
     h, d, m, v = config.n_heads * config.d_head, config.d_model, config.d_mlp, config.d_vocab
     layers = [(v, d)] + config.n_layers * (3 * [(d, h)] + [(h, d), (d, m), (m, d)]) + [(d, v)]
     source = torch.randn(4 * sum(p.numel() for p in run.parameters), device=options.device)
@@ -599,7 +585,7 @@ def benchmark(settings: dict, steps: int) -> str:
 
         if not cuda:
             return multiply
-        multiply()  # sets the library up; then it is captured too, or its time would be that of launching kernels
+        multiply()  # sets the library up; then it is captured too, or launching kernels would be timed
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             multiply()
@@ -631,15 +617,13 @@ def benchmark(settings: dict, steps: int) -> str:
                 if cuda:
                     torch.cuda.synchronize()
                 spent[name] = spent.get(name, 0.0) + 1e3 * (time.perf_counter() - start) / len(data.LENGTHS)
-        # A copy moves 8 bytes a number; AdamW reads 16 and writes 12 for each parameter, of which there are a
-        # quarter.
+        # A copy moves 8 bytes a number; AdamW reads 16 and writes 12 for each of a quarter as many.
         spent["memory"] *= 28 / 32
         spent["step"] = sum(spent[name] for name in ("sampling", "forward", "backward", "AdamW"))
         rounds.append(spent)
 
-    times = {
-        name: torch.tensor([spent[name] for spent in rounds[3:]]) for name in rounds[0]
-    }  # the first three warm up
+    rounds = rounds[3:]  # the first three warm up
+    times = {name: torch.tensor([spent[name] for spent in rounds]) for name in rounds[0]}
     rows = [f"{'ms per step':14}{'median':>9}{'5%':>9}{'95%':>9}"]
     for name, values in times.items():
         rows.append(f"{name:14}" + "".join(f"{values.quantile(q).item():9.3f}" for q in (0.5, 0.05, 0.95)))
@@ -655,8 +639,7 @@ def benchmark(settings: dict, steps: int) -> str:
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with exit status 2, and which returns only what was
-    given."""
+    """An ArgumentParser with errors of one line, exit status 2, that returns only what was given."""
 
     def __init__(self, doc: str):
         raw = argparse.RawDescriptionHelpFormatter
