@@ -171,7 +171,7 @@ def recent(x: Tensor, lag: int) -> Tensor:
 
 
 def neighbours(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a_{n+1}, a_n, a_{n-1} for n = 2 .., of sequences a [batch, pos, d_vocab]: each [batch, pos - 3, d_vocab]."""
+    """a_{n+1}, a_n and a_{n-1} for n = 2 .., of sequences a: [batch, pos, v] -> [batch, pos - 3, v] each."""
     return a[:, FIRST_POSITION + 1 :], recent(a[:, :-1], 0), recent(a[:, :-1], 1)
 
 
