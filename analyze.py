@@ -190,8 +190,11 @@ class Study:
         """A random stream for each purpose, so that a number does not depend on what else is computed."""
         return torch.Generator().manual_seed(random.Random(f"{self.seed} {purpose}").getrandbits(62))
 
+    def sample(self, count: int, length: int, generator: torch.Generator, c_range=(-2.0, 2.0)) -> data.Sample:
+        return data.sample(count, length, generator, self.model.config.d_vocab, c_range)
+
     def draw(self, purpose: str, size: int, c_range: tuple[float, float] = (-2.0, 2.0)) -> data.Sample:
-        return data.sample(min(size, self.size), MAX_LENGTH, self.generator(purpose), c_range=c_range)
+        return self.sample(min(size, self.size), MAX_LENGTH, self.generator(purpose), c_range)
 
     @functools.cached_property
     def untrained(self) -> "Study":
@@ -438,7 +441,9 @@ def claim_mse(study: Study) -> Finding:
     step, new sequences. At most 2e-4, twice the paper's value, since with a constant learning rate the MSE
     wanders by such a factor between evaluations; partly up to 1e-3."""
     per_length = max(1, HELD_OUT_PER_LENGTH * study.size // POPULATION)
-    samples = data.held_out(per_length, study.generator("held out").initial_seed())
+    samples = data.held_out(
+        per_length, study.generator("held out").initial_seed(), d_vocab=study.model.config.d_vocab
+    )
     by_length = [predictor_errors(study, s.a) for s in samples]
     errors = torch.stack([each["model"].mean(1) for each in by_length])  # [lengths, sequences]
     measured = errors.mean()
@@ -510,14 +515,14 @@ def figure_errors_by_c(study: Study):
 def figure_out_of_distribution(study: Study):
     canvas, panels = grid(2, 2, 10, 7, "Where training never went (white: where it did)", sharey=True)
     g = study.generator("out of distribution")
-    a = data.sample(EXAMPLES, MAX_LENGTH, g).a
+    a = study.sample(EXAMPLES, MAX_LENGTH, g).a
     noise = torch.randn(a.shape, generator=g)
     noise[:, -1] = 0  # the last vector is the target
     lows, lengths = np.arange(-3, 3, C_BIN).tolist(), range(MIN_LENGTH, study.model.config.n_ctx + 1)
     deviations, factors = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-    wild = {low + C_BIN / 2: data.sample(50, MAX_LENGTH, g, c_range=(low, low + C_BIN)).a for low in lows}
+    wild = {low + C_BIN / 2: study.sample(50, MAX_LENGTH, g, (low, low + C_BIN)).a for low in lows}
     shown = {  # {xlabel: (where training went, {x: sequences})}
-        "inputs": ((MIN_LENGTH, MAX_LENGTH), {n: data.sample(100, n, g).a for n in lengths}),
+        "inputs": ((MIN_LENGTH, MAX_LENGTH), {n: study.sample(100, n, g).a for n in lengths}),
         "c": ((-2, 2), wild),
         "factor on all vectors": ((0.95, 1.05), {k: k * a for k in factors}),
         "standard deviation of noise on the inputs; last prediction": (
@@ -1516,7 +1521,7 @@ class Weights:
 def read_weights(study: Study, c: float, length: int = MAX_LENGTH) -> Weights:
     """Source weights at one c; c and -c get the same a_0 and d."""
     generator, count = study.generator(f"weights {abs(c)}"), max(1, PER_C * study.size // POPULATION)
-    drawn = data.sample(count, length, generator, c_range=(c, c))
+    drawn = study.sample(count, length, generator, (c, c))
     a, d = [drawn.a[:, 0].double()], drawn.d.double()
     for _ in range(length):  # again in float64, so that the sequence lies in a plane there too
         a.append(c * a[-1] + d)
@@ -1803,7 +1808,7 @@ def interleaved_errors(study: Study, low: float, high: float) -> dict[str, dict[
     generator, count = study.generator(f"interleaved {low}"), max(10, study.size // 5)
     c = data.uniform(generator, low, high, count) * (1 - 2 * (torch.arange(count) % 2))
     found = {}
-    for kind, a in data.interleaved(MAX_LENGTH, c, generator).items():
+    for kind, a in data.interleaved(MAX_LENGTH, c, generator, study.model.config.d_vocab).items():
         x, target = a[:, :-1], a[:, 5:]
         predictions = {"model": study.model(x)[:, 4:], "affine solver": data.solve_recurrence(x)[:, 2:]}
         predictions["two-step rule"] = data.solve_two_steps(x)
@@ -1838,7 +1843,8 @@ def figure_interleaved(study: Study):
         1, 2, 10.5, 4.2, "Interleaved sequences: two recurrences with one fixed point and one $c^2$"
     )
     c, n = torch.tensor([-1.25]), range(FIRST_POSITION, MAX_LENGTH)
-    a = data.interleaved(MAX_LENGTH, c, study.generator("interleaved example"))["interleaved"]
+    g, d_vocab = study.generator("interleaved example"), study.model.config.d_vocab
+    a = data.interleaved(MAX_LENGTH, c, g, d_vocab)["interleaved"]
     x = a[:, :-1]
     panels[0].plot(n, a[0, FIRST_POSITION + 1 :, 0], color=TRUTH, marker="o", ms=4, label="the next vector")
     panels[0].plot(n, study.model(x)[0, FIRST_POSITION:, 0], color=MODEL, marker=".", ls="--", label="model")
@@ -1874,9 +1880,7 @@ def knob_shares(study: Study) -> dict[str, list[float]]:
     for low, high in ((0.2, 0.7), (1.5, 2.0)):
         generator = study.generator(f"knob {low}")
         ranges = ((low, high), (-high, -low))
-        both.append(
-            torch.cat([data.sample(count, MAX_LENGTH, generator, c_range=r).a[:, :-1] for r in ranges])
-        )
+        both.append(torch.cat([study.sample(count, MAX_LENGTH, generator, r).a[:, :-1] for r in ranges]))
     shares: dict[str, list[float]] = {}
     for own, other in (both, both[::-1]):
         resized = own.clone()

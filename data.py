@@ -73,7 +73,9 @@ def sample(
     return Sample(a, c, d * scale[:, None])
 
 
-def interleaved(length: int, c: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def interleaved(
+    length: int, c: Tensor, generator: torch.Generator, d_vocab: int = D_VOCAB
+) -> dict[str, Tensor]:
     """Sequences that tell a rule of two steps from a rule of one, {kind: [batch, length + 1, d_vocab]}, c
     [batch].
 
@@ -82,7 +84,7 @@ def interleaved(length: int, c: Tensor, generator: torch.Generator) -> dict[str,
     has another a* in its odd vectors instead, and "two growths" another c, that of another sequence: this
     holds for no single a* or c^2 then. Normalised as in section 3.1.
     """
-    u, other_u, fixed, other_fixed = (uniform(generator, -2, 2, len(c), 1, D_VOCAB) for _ in range(4))
+    u, other_u, fixed, other_fixed = (uniform(generator, -2, 2, len(c), 1, d_vocab) for _ in range(4))
     n = torch.arange(length + 1, device=c.device)
     powers, odd = (c[:, None] ** n)[..., None], (n % 2 == 1)[:, None]
     kinds = {
@@ -126,14 +128,16 @@ def ratio(step: Tensor, next_step: Tensor) -> Tensor:
     return torch.where(squared > 0, (step * next_step).sum(-1, keepdim=True) / squared, 0.0)
 
 
-def held_out(per_length: int, seed: int = 20_241_024, device: torch.device | str = "cpu") -> list[Sample]:
+def held_out(
+    per_length: int, seed: int = 20_241_024, device: torch.device | str = "cpu", d_vocab: int = D_VOCAB
+) -> list[Sample]:
     """A fixed evaluation set from the training distribution: `per_length` sequences of each length 3 .. 14.
 
     It is drawn on the CPU whatever the device, so that every machine measures on the same sequences, and its
     seed lies outside those that training uses.
     """
     generator = torch.Generator().manual_seed(seed)
-    samples = [sample(per_length, length, generator) for length in LENGTHS]
+    samples = [sample(per_length, length, generator, d_vocab) for length in LENGTHS]
     return [Sample(*(t.to(device) for t in s)) for s in samples]
 
 
