@@ -1248,10 +1248,23 @@ class Measures(TestCase):
         varying = study.activations["blocks.0.hook_attn_out"] - mean
         self.assertClose((varying @ directions[0]).var() / varying.var((0, 1)).sum(), shares[0], 1e-2)
 
-    def test_median_interval(self):
-        low, high = analyze.median_interval(torch.randn(10_000, generator=seeded()))
-        self.assertTrue(low < 0 < high)
-        self.assertAlmostEqual(high - low, 2 * 1.96 * 1.2533 / 100, delta=0.01)
+    def test_median_interval_resamples_what_belongs_together(self):
+        values = torch.randn(2000, generator=seeded())
+        low, high = analyze.median_interval(values, torch.arange(2000), seeded(1))
+        self.assertTrue(low < values.median() < high)
+        self.assertAlmostEqual(high - low, 2 * 1.96 * 1.2533 / 2000**0.5, delta=0.03)
+        # Ten copies of each value say no more than one
+        low, high = analyze.median_interval(values[:200].repeat(10), torch.arange(200).repeat(10), seeded(1))
+        self.assertAlmostEqual(high - low, 2 * 1.96 * 1.2533 / 200**0.5, delta=0.12)
+
+    def test_ratio_interval_knows_that_both_sums_vary(self):
+        size = torch.rand(1000, generator=seeded()) + 0.5
+        low, high = analyze.ratio_interval(3 * size, size, seeded(1))
+        self.assertAlmostEqual(low, 3, places=5)
+        self.assertAlmostEqual(high, 3, places=5)
+        noise = torch.randn(1000, generator=seeded(2))
+        low, high = analyze.ratio_interval(3 * size + noise, size, seeded(1))
+        self.assertAlmostEqual(high - low, 2 * 1.96 / 1000**0.5, delta=0.02)
 
     def test_bootstrap_interval_of_a_mean(self):
         values = torch.randn(400, generator=seeded())

@@ -28,7 +28,6 @@ import shlex
 import signal
 import sys
 import time
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -102,7 +101,12 @@ def from_settings(settings: dict) -> tuple[Options, Config]:
     chosen = [
         {f.name: settings[f.name] for f in fields(kind) if f.name in settings} for kind in (Options, Config)
     ]
-    return Options(**chosen[0]), Config(**chosen[1])
+    options, config = Options(**chosen[0]), Config(**chosen[1])
+    if config.n_ctx < data.MAX_LENGTH:
+        raise ValueError(
+            f"n_ctx must be at least {data.MAX_LENGTH}, the longest sequence, not {config.n_ctx}"
+        )
+    return options, config
 
 
 def flag(name: str) -> str:
@@ -275,9 +279,10 @@ def open_run(settings: dict, resume: bool) -> Run:
         raise FileNotFoundError(
             f"nothing to resume in {out}: it holds no checkpoint.pt; leave out --resume to start a run"
         )
-    run = Run(settings_beside(checkpoint) | settings)
+    state = load_file(checkpoint, "checkpoint")
+    run = Run(state.get("settings", {}) | settings_beside(checkpoint) | settings)
     run.lock()
-    run.load_state(load_file(checkpoint, "checkpoint"), checkpoint)
+    run.load_state(state, checkpoint)
     run.save_results()
     return run
 
@@ -376,7 +381,8 @@ class Trainer:
         Where capturing fails, training goes on without.
         """
         # Libraries set themselves up in steps that really run; what those change is put back.
-        generators = [run.sequences for run in self.runs]
+        torch.cuda.set_device(self.runs[0].sequences.device)
+        generators, current = [run.sequences for run in self.runs], torch.cuda.current_stream()
         tensors = [
             *self.parameters,
             *(value for state in self.optimizer.state.values() for value in state.values()),
@@ -385,14 +391,11 @@ class Trainer:
         states = [generator.get_state() for generator in generators]
         side = torch.cuda.Stream()
         try:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side), warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # that a capturable optimizer is slow where it is not captured
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
                 for length in data.LENGTHS:
                     loss = self.compute(length)
-            torch.cuda.current_stream().wait_stream(side)
+            current.wait_stream(side)
             self.captured_loss, graphs, pool = torch.zeros_like(loss), {}, torch.cuda.graph_pool_handle()
             for length in reversed(data.LENGTHS):  # the largest first: the others fit into its memory
                 graph = graphs[length] = torch.cuda.CUDAGraph()
@@ -403,6 +406,11 @@ class Trainer:
                     self.captured_loss.copy_(self.compute(length))
             self.graphs = graphs
         except RuntimeError as error:
+            # A capture that breaks off leaves its stream current, and another error on top of its cause.
+            torch.cuda.set_stream(current)
+            torch.cuda.synchronize()
+            while isinstance(error.__context__, RuntimeError):
+                error = error.__context__
             print(f"training without CUDA graphs, which failed: {str(error).splitlines()[0]}", flush=True)
             for group in self.optimizer.param_groups:
                 group["capturable"] = False
@@ -471,20 +479,21 @@ def train(runs: list[Run]) -> bool:
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     if torch.device(options.device).type == "cuda" and not options.no_graphs:
         trainer.capture()
-    held_out = data.held_out(HELD_OUT_PER_LENGTH, device=options.device)
+    d_vocab = trainer.model.config.d_vocab
+    held_out = data.held_out(HELD_OUT_PER_LENGTH, device=options.device, d_vocab=d_vocab)
     losses = torch.empty(CHUNK, len(runs), device=options.device)
     step, clock = runs[0].step, time.perf_counter()
-    saved = clock
+    saved, end = clock, False
     if step == 0 and not options.no_steps:
         for run in runs:
             run.save_step()
 
     with StopRequest() as stop, Progress(runs) as progress:
-        while step < options.steps and not stop.requested:
+        while step < options.steps and not end:
             room = min(CHUNK, options.steps - step, options.eval_every - step % options.eval_every)
             room = next((i for i in range(1, room) if is_kept(step + i)), room)
             done = 0
-            while done < room and not stop.requested:
+            while done < room and not (done and stop.requested):
                 losses[done] = trainer.train_step()
                 done += 1
             values = losses[:done].tolist()
@@ -512,40 +521,55 @@ def train(runs: list[Run]) -> bool:
                     run.save_step()
                 if save:
                     run.save()
-                    saved = now
             clock = now
+            saved = time.perf_counter() if save else saved
             progress.show(sum(map(sum, values)) / (done * len(runs)), new_row)
     return step == options.steps
 
 
-def train_all(settings: list[dict], resume: bool, start_missing: bool) -> bool:
+def recorded_settings(runs: list[dict]) -> dict:
+    """What the first of `runs` that has begun was trained with, for those that have not. FileNotFoundError if none has."""
+    for settings in runs:
+        checkpoint = os.path.join(settings.get("out", Options.out), "checkpoint.pt")
+        if os.path.exists(checkpoint):
+            return settings_beside(checkpoint)
+    raise FileNotFoundError(
+        f"nothing to resume in {os.path.dirname(runs[0]['out'])}: leave out --resume to start runs"
+    )
+
+
+def train_all(settings: list[dict], resume: bool, recorded: dict) -> bool:
     """Train runs one after the other on a CPU, all as one on a GPU. False if they were stopped.
 
-    With `start_missing`, resuming starts those that had not begun yet, with the settings of the first that
-    had. Raises what `open_run` and `train` raise.
+    Resuming several starts those that had not begun yet, with the `recorded` settings of one that had. Raises what
+    `open_run` and `train` raise, and ValueError for runs that differ in more than their seeds.
     """
-    checkpoints = [os.path.join(s.get("out", Options.out), "checkpoint.pt") for s in settings]
-    new = [not resume or (start_missing and not os.path.exists(path)) for path in checkpoints]
-    recorded = next((settings_beside(path) for path, is_new in zip(checkpoints, new) if not is_new), {})
-    for path, is_new in zip(checkpoints, new):
-        if is_new:
-            refuse_existing(os.path.dirname(path))  # before any of them writes something
-    runs = [open_run(recorded | s if is_new else s, resume=not is_new) for s, is_new in zip(settings, new)]
+    begun = [os.path.exists(os.path.join(s.get("out", Options.out), "checkpoint.pt")) for s in settings]
+    old = [resume and (has_begun or not recorded) for has_begun in begun]
+    for s, is_old in zip(settings, old):
+        if not is_old:
+            refuse_existing(s.get("out", Options.out))  # before any of them writes something
+    opened = {i: open_run(settings[i], resume=True) for i, is_old in enumerate(old) if is_old}
+    opened |= {
+        i: open_run(recorded | settings[i], resume=False) for i, is_old in enumerate(old) if not is_old
+    }
+    runs = [opened[i] for i in range(len(settings))]
     for run in runs:
+        if run.settings | {"seed": 0} != runs[0].settings | {"seed": 0}:
+            raise ValueError(f"{run.options.out} was not trained with the settings of {runs[0].options.out}")
         if run.step:
             print(f"resuming {run.options.out} at step {run.step:,}", flush=True)
+    groups = [[run] for run in runs]
     if (
-        torch.device(runs[0].options.device).type == "cuda"
-    ):  # a kill in the middle of saving may leave some runs ahead
+        runs and torch.device(runs[0].options.device).type == "cuda"
+    ):  # a kill in the middle of saving may leave some ahead
         groups = [[run for run in runs if run.step == step] for step in sorted({run.step for run in runs})]
-    else:
-        groups = [[run] for run in runs]
     for group in groups:
         if not train(group):
             return False
         for run in group:
-            took = f"{run.step:,} steps in {run.seconds / 60:.1f} min"
-            print(f"{run.options.out}: {took}, held-out MSE {run.log[-1][2]:.2e}", flush=True)
+            last = f", held-out MSE {run.log[-1][2]:.2e}" if run.log else ""
+            print(f"{run.options.out}: {run.step:,} steps in {run.seconds / 60:.1f} min{last}", flush=True)
     return True
 
 
@@ -740,11 +764,7 @@ def main():
     runs = [given]
     if seeds:
         again += ["--seeds", ",".join(map(str, seeds))]
-        runs = [
-            given | {"seed": s, "out": os.path.join(options.out, f"seed_{s:04d}")} for s in seeds[rank::ranks]
-        ]
-    if not runs:
-        return  # more ranks than seeds
+        runs = [given | {"seed": s, "out": os.path.join(options.out, f"seed_{s:04d}")} for s in seeds]
     if options.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(options.device).index or 0)
     keep_freed_memory()
@@ -756,7 +776,8 @@ def main():
         if bench:
             print(benchmark(given, given.get("steps", BENCHMARK_STEPS)))
             return
-        finished = train_all(runs, bool(resume), start_missing=bool(seeds))
+        recorded = recorded_settings(runs) if seeds and resume else {}
+        finished = train_all(runs[rank::ranks], bool(resume), recorded)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
     except KeyboardInterrupt:
