@@ -590,6 +590,9 @@ class Training(TestCase):
         shutil.rmtree(os.path.join(out, "seed_0001"))  # as if everything had been killed before seed 1 began
         torchrun("--steps", "4", "--resume", "--threads", "1")
         self.assertEqual(sorted(os.listdir(out)), ["seed_0000", "seed_0001", "seed_0002"])
+        configs = [json.loads(read(os.path.join(out, f"seed_000{seed}", "config.json"))) for seed in range(3)]
+        self.assertEqual([config.pop("seed") for config in configs], [0, 1, 2])
+        self.assertEqual([configs[0]] * 3, configs)  # the one that began later too
         self.assertEqual(command(train.main, *common, "--seed", "2", "--steps", "4", "--out", single)[0], 0)
         weights = [read(os.path.join(run, "weights.pt")) for run in (single, os.path.join(out, "seed_0002"))]
         self.assertEqual(*weights)
@@ -662,15 +665,10 @@ class Training(TestCase):
         """The capture itself cannot be had without CUDA; that it fails, and is survived, can."""
         run, twin = (train.Run(self.settings(seed=4)) for _ in range(2))
         trainer, out = train.Trainer([run]), io.StringIO()
-        with (
-            contextlib.redirect_stdout(out),
-            mock.patch("torch.cuda.Stream", mock.MagicMock()),
-            mock.patch("torch.cuda.current_stream", mock.MagicMock()),
-            mock.patch("torch.cuda.stream", mock.MagicMock()),
-            mock.patch(
-                "torch.cuda.graph_pool_handle", mock.Mock(side_effect=RuntimeError("no capture here\nat all"))
-            ),
-        ):
+        names = ("Stream", "current_stream", "stream", "set_device", "set_stream", "synchronize")
+        broken = mock.Mock(side_effect=RuntimeError("no capture here\nat all"))
+        patches = {name: mock.MagicMock() for name in names} | {"graph_pool_handle": broken}
+        with contextlib.redirect_stdout(out), mock.patch.multiple("torch.cuda", **patches):
             trainer.capture()
         self.assertEqual(out.getvalue(), "training without CUDA graphs, which failed: no capture here\n")
         self.assertEqual(trainer.graphs, {})
@@ -797,6 +795,35 @@ class Training(TestCase):
         self.assertEqual(status, 130)
         self.assertIn(f"python train.py --d-mlp 20 --batch-size 2 --device cpu --out '{out}' --resume", said)
 
+    def test_an_interrupt_while_evaluating_saves_too(self):
+        run = train.open_run(self.settings(steps=1000), resume=False)
+        evaluate = data.evaluate
+
+        def interrupted(*arguments):
+            signal.raise_signal(signal.SIGINT)
+            return evaluate(*arguments)
+
+        with mock.patch.object(data, "evaluate", interrupted):
+            self.assertFalse(self.quietly(run))
+        state = train.load_file(run.path("checkpoint.pt"), "checkpoint")
+        self.assertEqual(
+            (state["step"], state["log"][-1][0]), (4, 3)
+        )  # one more step, so that the loop sees it
+
+    def test_several_seeds_must_agree_in_all_but_the_seed(self):
+        out = self.folder()
+        small = ["--d-mlp", "20", "--batch-size", "2", "--device", "cpu", "--steps", "2", "--out"]
+        self.assertEqual(command(train.main, *small, os.path.join(out, "seed_0000"))[0], 0)
+        other = ["--seed", "1", "--lr", "0.01"]
+        self.assertEqual(command(train.main, *small, os.path.join(out, "seed_0001"), *other)[0], 0)
+        says = "seed_0001 was not trained with the settings of"
+        self.assertRefused(1, says, train.main, "--seeds", "0-1", "--resume", "--device", "cpu", "--out", out)
+
+    def test_a_toy_model_of_another_dimension_trains(self):
+        run = train.open_run(self.settings(d_vocab=7), resume=False)
+        self.assertTrue(self.quietly(run))
+        self.assertEqual(model.load_weights(run.path("weights.pt")).config.d_vocab, 7)
+
     def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(self):
         run = train.open_run(self.settings(lr=1e30, steps=50, eval_every=50), resume=False)
         before = read(run.path("checkpoint.pt"))
@@ -848,6 +875,7 @@ class Training(TestCase):
             (["--n-layers", "0"], "at least 1"),
             (["--act-fn", "tanh"], "relu, gelu_new"),
             (["--initializer-range", "0"], "above 0"),
+            (["--n-ctx", "8"], "n_ctx must be at least 14"),
             (["--seeds", "5-2"], "seeds such as"),
             (["--seeds", "1,1"], "twice"),
             (["--speed", "high"], "unrecognized"),
@@ -855,7 +883,9 @@ class Training(TestCase):
             with self.subTest(arguments):
                 self.assertRefused(2, says, train.main, *arguments, "--out", out)
         self.assertFalse(os.path.exists(out))
-        self.assertRefused(1, "nothing to resume", train.main, "--resume", "--out", out)
+        for seeds in ([], ["--seeds", "0-1"]):
+            self.assertRefused(1, "nothing to resume", train.main, "--resume", *seeds, "--out", out)
+        self.assertFalse(os.path.exists(out))
         blocked = os.path.join(self.folder(), "file")
         open(blocked, "w").close()
         self.assertRefused(1, "file", train.main, "--device", "cpu", "--out", os.path.join(blocked, "run"))
@@ -1553,9 +1583,19 @@ class Analysis(TestCase):
                 self.assertTrue(
                     target.startswith("http") or os.path.exists(os.path.join(HERE, target)), target
                 )
-        readme = read(os.path.join(HERE, "README.md")).decode()
-        for claim in analyze.CLAIMS:
-            self.assertIn(f"`{claim}`", readme)
+
+    def test_the_readme_shows_the_committed_seeds(self):
+        settings = json.loads(read(os.path.join(HERE, "figures", "seeds.json")))["settings"]
+        first = next(iter(settings.values()))["claims"]
+        readme = read(os.path.join(HERE, "README.md")).decode().splitlines()
+        for name, found in first.items():
+            (row,) = (line for line in readme if line.startswith(f"| `{name}` "))
+            _, paper, ours, verdicts = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
+            self.assertEqual(paper, analyze.paper_text(analyze.CLAIMS[name].paper))
+            self.assertEqual(verdicts, " / ".join(map(str, analyze.count_verdicts(found).values())))
+            self.assertIn(
+                ours.split()[0], [analyze.short(group["mean"]) for group in found["values"].values()]
+            )
 
     def test_bad_command_lines_are_refused_in_one_line_and_write_nothing(self):
         folder = self.folder()

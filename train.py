@@ -528,7 +528,7 @@ def train(runs: list[Run]) -> bool:
 
 
 def recorded_settings(runs: list[dict]) -> dict:
-    """What the first of `runs` that has begun was trained with, for those that have not. FileNotFoundError if none has."""
+    """What the first of `runs` to have begun was trained with. FileNotFoundError if none has."""
     for settings in runs:
         checkpoint = os.path.join(settings.get("out", Options.out), "checkpoint.pt")
         if os.path.exists(checkpoint):
@@ -541,8 +541,8 @@ def recorded_settings(runs: list[dict]) -> dict:
 def train_all(settings: list[dict], resume: bool, recorded: dict) -> bool:
     """Train runs one after the other on a CPU, all as one on a GPU. False if they were stopped.
 
-    Resuming several starts those that had not begun yet, with the `recorded` settings of one that had. Raises what
-    `open_run` and `train` raise, and ValueError for runs that differ in more than their seeds.
+    Resuming several starts those that had not begun yet, with the `recorded` settings of one that had. Raises
+    what `open_run` and `train` raise, and ValueError for runs that differ in more than their seeds.
     """
     begun = [os.path.exists(os.path.join(s.get("out", Options.out), "checkpoint.pt")) for s in settings]
     old = [resume and (has_begun or not recorded) for has_begun in begun]
@@ -561,7 +561,7 @@ def train_all(settings: list[dict], resume: bool, recorded: dict) -> bool:
             print(f"resuming {run.options.out} at step {run.step:,}", flush=True)
     groups = [[run] for run in runs]
     if (
-        runs and torch.device(runs[0].options.device).type == "cuda"
+        runs and runs[0].sequences.device.type == "cuda"
     ):  # a kill in the middle of saving may leave some ahead
         groups = [[run for run in runs if run.step == step] for step in sorted({run.step for run in runs})]
     for group in groups:
