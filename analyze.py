@@ -153,18 +153,23 @@ def bootstrap(values: Tensor, generator: torch.Generator) -> list[float]:
     return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
 
 
+def resampled(statistic: Callable[[Tensor], Tensor], count: int, generator: torch.Generator) -> list[float]:
+    """95% interval of a statistic of `count` sequences, a function of the indices of those drawn, [count]."""
+    draws = [torch.randint(count, (count,), generator=generator) for _ in range(RESAMPLES // 5)]
+    values = torch.stack([statistic(picks) for picks in draws]).double()
+    return values.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+
+
 def median_interval(values: Tensor, owners: Tensor, generator: torch.Generator) -> list[float]:
     """95% interval of the median of `values` [n], resampled by the sequence that each belongs to, `owners`
     [n]."""
-    count = int(owners.max()) + 1
-    order, medians = values.argsort(), []
-    for _ in range(RESAMPLES // 5):
-        weight = torch.randint(count, (count,), generator=generator).bincount(minlength=count)[owners[order]]
-        reached = (
-            weight.cumsum(0) >= weight.sum() / 2
-        )  # the weighted median: the first to reach half of the weight
-        medians.append(values[order[reached.float().argmax()]])
-    return torch.stack(medians).double().quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    order, count = values.argsort(), int(owners.max()) + 1
+
+    def weighted_median(picks: Tensor) -> Tensor:  # the first value to reach half of the weight
+        reached = picks.bincount(minlength=count)[owners[order]].cumsum(0)
+        return values[order[(reached >= reached[-1] / 2).float().argmax()]]
+
+    return resampled(weighted_median, count, generator)
 
 
 def ratio_interval(numerators: Tensor, denominators: Tensor, generator: torch.Generator) -> list[float]:
@@ -449,7 +454,7 @@ def predictor_errors(study: Study, a: Tensor) -> dict[str, Tensor]:
     return {name: ((prediction - target) ** 2).mean(-1) for name, prediction in predictions.items()}
 
 
-@claim("MSE after training", paper=1e-4, figure=2, unit="MSE")
+@claim("MSE after training", 1e-4, 2, "MSE")
 def claim_mse(study: Study) -> Finding:
     """Mean over the lengths 3 to 14 of the MSE over the predictions of a_3 and later, weights of the last
     step, new sequences. At most 2e-4, twice the paper's value, since with a constant learning rate the MSE
@@ -605,9 +610,7 @@ def alternation(pattern: Tensor) -> dict[str, Tensor]:
     return {name: torch.stack(values).mean((0, 1)) for name, values in named.items()}
 
 
-@claim(
-    "layer 0 heads, all but one, attend to the previous vector", "7 of 8 heads", figure=3, unit="attention"
-)
+@claim("layer 0 heads, all but one, attend to the previous vector", "7 of 8 heads", 3, "attention")
 def claim_l0_prev_token(study: Study) -> Finding:
     """Attention from positions 1 to 13 to the one before, by head. More than half of the attention in all
     heads but at most one; partly in more than half of the heads."""
@@ -622,7 +625,7 @@ def claim_l0_prev_token(study: Study) -> Finding:
     )
 
 
-@claim("most layer 1 heads attend to the second vector", "most", figure=4, unit="attention", layers=2)
+@claim("most layer 1 heads attend to the second vector", "most", 4, "attention", 2)
 def claim_l1_second_token(study: Study) -> Finding:
     """Attention from positions 3 to 13 to position 1, by head. In more than half of the heads it is the most
     attended position, with at least twice what uniform attention gives; partly in more than a quarter of
@@ -639,13 +642,7 @@ def claim_l1_second_token(study: Study) -> Finding:
     return Finding(score, verdict(heads > n_heads / 2, heads > n_heads / 4), {"heads": score.mean()}, control)
 
 
-@claim(
-    "layer 2: a checkerboard on alternating sequences, none on others",
-    "yes",
-    figure=5,
-    unit="share",
-    layers=3,
-)
+@claim("a checkerboard in layer 2 on alternating sequences, not on others", "yes", 5, "share", 3)
 def claim_l2_checkerboard(study: Study) -> Finding:
     """Share of a row's variance over the sources 2..n that alternates from source to source, rows 6 to 13,
     mean over sequences with c in [-1.1, -0.9], by head. A head shows a checkerboard if that is at least one
@@ -778,13 +775,7 @@ def attributions(study: Study, hook: str) -> dict[str, Tensor]:
     }
 
 
-@claim(
-    "direct logit attribution: layer 0 > 0, layer 1 near 0, layer 2 < 0",
-    "+, 0, -",
-    7,
-    "dot product",
-    layers=3,
-)
+@claim("direct attribution: layer 0 > 0, layer 1 near 0, layer 2 < 0", "+, 0, -", 7, "dot product", 3)
 def claim_dla_sign(study: Study) -> Finding:
     """Mean over positions 2 to 13, ln_final on the head's output alone (the paper's reading), target a_{m+1};
     then the same for a_{m+1} - a_m. Averaged over the heads layer 0 is positive, layer 2 negative and layer 1
@@ -927,7 +918,7 @@ def ov_control(study: Study, part: int) -> dict:
     }
 
 
-@claim("layer 0 OV is linear on residual stream vectors: R^2", 0.83, figure=8, unit="R^2")
+@claim("layer 0 OV is linear on residual stream vectors: R^2", 0.83, 8, "R^2")
 def claim_l0_ov_r2(study: Study) -> Finding:
     """Median over vectors of norm at least 1 of the R^2 of (a_d, (ln1(x) OV W_U)_d), OV summed over heads.
     Nearly linear: at least the paper's value less 0.1; partly if at least 0.5."""
@@ -941,7 +932,7 @@ def claim_l0_ov_r2(study: Study) -> Finding:
     return Finding(measured, verdict(measured >= 0.73, measured >= 0.5), values, control, interval)
 
 
-@claim("its slope", [2.1, 2.5], figure=8, unit="slope")
+@claim("its slope", [2.1, 2.5], 8, "slope")
 def claim_l0_ov_slope(study: Study) -> Finding:
     """Median slope over the same vectors. Within 2.1 to 2.5; partly within a factor of two of that."""
     owners = large_vectors(study).nonzero()[:, 0]
@@ -952,7 +943,7 @@ def claim_l0_ov_slope(study: Study) -> Finding:
     return Finding(measured, how, values, control, median_interval(slope, owners, study.generator("slope")))
 
 
-@claim("its intercept", "near 0", figure=8, unit="intercept / root mean square")
+@claim("its intercept", "near 0", 8, "intercept / root mean square")
 def claim_l0_ov_intercept(study: Study) -> Finding:
     """Intercepts over the same vectors, relative to the root mean square of (ln1(x) OV W_U)_d. At most a
     tenth in 95% of the vectors; partly if so on average. (In d_model coordinates it is 0 by construction on a
@@ -969,7 +960,7 @@ def claim_l0_ov_intercept(study: Study) -> Finding:
     )
 
 
-@claim("the same R^2 on random vectors, lower", 0.598, figure=10, unit="R^2")
+@claim("the same R^2 on random vectors, lower", 0.598, 10, "R^2")
 def claim_l0_ov_r2_random(study: Study) -> Finding:
     """Median R^2 of (x W_E^+, ln1(x) OV W_U) over Gaussian vectors x in R^d_model. Lower than that of
     residual stream vectors by at least 0.1, and still at least 0.25, a visible correlation; partly if only
@@ -986,9 +977,7 @@ def claim_l0_ov_r2_random(study: Study) -> Finding:
     return Finding(measured, verdict(lower and visible, lower or visible), values, control, interval)
 
 
-@claim(
-    "share of the norm of layer 0's OV x outside the span of W_E", 0.8415, figure=9, unit="share of the norm"
-)
+@claim("share of the norm of layer 0's OV x outside the span of W_E", 0.8415, 9, "share of the norm")
 def claim_l0_orthogonal(study: Study) -> Finding:
     """Mean over residual stream vectors, OV summed over heads. Within 0.05 of 0.8415, and above what a random
     direction has, since a share below that would say that the circuit prefers the embedding space; partly if
@@ -1124,7 +1113,7 @@ def head_ablations(study: Study, values: dict[str, Tensor]) -> Tensor:
     return torch.tensor(means) / study.baseline[:HEAD_ABLATION].mean()
 
 
-@claim("MSE with all layer 1 heads mean-ablated, from 1e-4", 2e-4, figure=4, unit="MSE / unchanged", layers=2)
+@claim("MSE with all layer 1 heads mean-ablated, from 1e-4", 2e-4, 4, "MSE / unchanged", 2)
 def claim_l1_mean_ablation(study: Study) -> Finding:
     """Means at each position over the population, MSE on other sequences. All heads of layer 1 at once
     multiply it by at most 4 (the paper's factor is 2); partly if only in one of the two other readings, every
@@ -1144,7 +1133,7 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
     return Finding(errors.mean(), how, values, control, bootstrap(errors, study.generator("mean ablation")))
 
 
-@claim("OV of layer 1 head 0 has low effective rank", "low", figure=11, unit="effective rank", layers=2)
+@claim("OV of layer 1 head 0 has low effective rank", "low", 11, "effective rank", 2)
 def claim_l1_ov_effective_rank(study: Study) -> Finding:
     """Participation ratio of the singular values. At most half of what an untrained head has; partly if at
     least a tenth less than that and less than the mean of the last layer."""
@@ -1234,7 +1223,7 @@ def identity_finding(study: Study, circuit: Callable, full_circuit: Callable, si
     return Finding(cosines[2], verdict(heads == n_heads, heads > n_heads / 2), values, control)
 
 
-@claim("OV is like -I in every layer 2 head", "yes", figure=12, unit="cosine with I", layers=3)
+@claim("OV is like -I in every layer 2 head", "yes", 12, "cosine with I", 3)
 def claim_l2_ov_identity(study: Study) -> Finding:
     """Cosine between W_V W_O and I. At most -0.25 in every head, which is where the diagonal of a 128 x 128
     matrix stands three standard deviations out from the other entries, a stripe; partly in more than half of
@@ -1242,7 +1231,7 @@ def claim_l2_ov_identity(study: Study) -> Finding:
     return identity_finding(study, ov_circuit, full_ov_circuit, -1)
 
 
-@claim("QK is like +I in every layer 2 head", "yes", figure=13, unit="cosine with I", layers=3)
+@claim("QK is like +I in every layer 2 head", "yes", 13, "cosine with I", 3)
 def claim_l2_qk_identity(study: Study) -> Finding:
     """Cosine between W_Q W_K^T and I. At least 0.25 in every head, where the diagonal is a stripe; partly in
     more than half of them."""
@@ -1266,10 +1255,7 @@ def lens(study: Study, hook: str) -> Tensor:
 
 
 @claim(
-    "the residual stream after layer 0, unembedded, is a fair estimate",
-    "Figure 14",
-    14,
-    unit="explained share",
+    "the residual stream after layer 0, unembedded, is a fair estimate", "Figure 14", 14, "explained share"
 )
 def claim_lens_after_l0(study: Study) -> Finding:
     """Unembedded as the model does it, with ln_final. 1 - MSE / MSE of predicting 0, positions 2 to 13. Fair:
@@ -1329,9 +1315,7 @@ def figure_lens_after_layer_0(study: Study):
     return canvas
 
 
-@claim(
-    "OV eigenvalue scores: layer 2 copies negatively", "layer 2 negative", figure=15, unit="score", layers=3
-)
+@claim("OV eigenvalue scores: layer 2 copies negatively", "layer 2 negative", 15, "score", 3)
 def claim_eigenvalue_score(study: Study) -> Finding:
     """sum(lambda) / sum(|lambda|) of W_V W_O, by layer and head. At most -0.5 in every head of layer 2;
     partly if the mean of layer 2 is negative and more than half of its heads are."""
@@ -1355,13 +1339,7 @@ def figure_eigenvalue_scores(study: Study):
     return canvas
 
 
-@claim(
-    "MSE with QK of layer 2 heads 0-4 a random pseudoinverse",
-    1e-4,
-    figure=13,
-    unit="MSE / unchanged",
-    layers=3,
-)
+@claim("MSE with QK of layer 2 heads 0-4 a random pseudoinverse", 1e-4, 13, "MSE / unchanged", 3)
 def claim_l2_qk_pinv(study: Study) -> Finding:
     """W_Q random and W_K^T its pseudoinverse, b_Q and b_K 0, mean over random W_Q. At most 1.5 times the
     unchanged MSE (the paper's 1e-4 stays 1e-4), and attention that knows nothing, uniform or of random W_Q
@@ -1402,9 +1380,7 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
 # 4.7 Analysis of MLPs
 
 
-@claim(
-    "the MLPs push in the right direction mainly at the last positions", "Figure 16", 16, unit="dot product"
-)
+@claim("the MLPs push in the right direction mainly at the last positions", "Figure 16", 16, "dot product")
 def claim_mlp_dla(study: Study) -> Finding:
     """[layer][position], ln_final on the MLP's output alone, target a_{m+1}. Summed over layers positive at
     positions 11, 12 and 13 and there on average more than twice as large as at positions 2 to 10; partly if
@@ -1445,7 +1421,7 @@ def figure_mlp_attribution(study: Study):
 # 4.8 Conjectures on model functionality
 
 
-@claim("the residual stream after layer 0 is about a_n + alpha a_{n-1}", 2.3, figure=17, unit="coefficient")
+@claim("the residual stream after layer 0 is about a_n + alpha a_{n-1}", 2.3, 17, "coefficient")
 def claim_alpha(study: Study) -> Finding:
     """Least squares of the residual stream after layer 0, unembedded with ln_final, on a_n + alpha a_{n-1},
     positions 2 to 13. alpha within 2.1 to 2.5 and R^2 at least 0.5, and with both coefficients free that of
@@ -1572,9 +1548,7 @@ def strides(w: Tensor, c: float) -> tuple[Tensor, Tensor]:
     return (parts * other_parity).sum(-1), (parts * ~other_parity).sum(-1)
 
 
-@claim(
-    "the output is sum_s w_s a_s, with weights read off the model", None, figure=22, unit="explained share"
-)
+@claim("the output is sum_s w_s a_s, with weights read off the model", None, 22, "explained share")
 def claim_source_weights(study: Study) -> Finding:
     """1 - |output - sum_s w_s a_s|^2 / |output|^2 over positions 2 to 13, by |c|, mean over both signs. At
     least 0.95 at every |c| up to 1.5; partly at least 0.8."""
@@ -1588,7 +1562,7 @@ def claim_source_weights(study: Study) -> Finding:
     return Finding(explained, verdict(usual.min() >= 0.95, usual.min() >= 0.8), values, control)
 
 
-@claim("two steps at once: A is c^2 and B is 0 for |c| from 0.9 to 2", None, 22, unit="share of a_{n+1} - a*")
+@claim("two steps at once: A is c^2 and B is 0 for |c| from 0.9 to 2", None, 22, "share of a_{n+1} - a*")
 def claim_two_steps(study: Study) -> Finding:
     """A / c^2 and B / c (see `strides`), mean over |c| from 0.9 to 2, both signs and positions 5 to 13. A /
     c^2 differs from 1 on average, in absolute value, by at most 0.15 and B / c from 0 too; partly if at most
@@ -1603,24 +1577,38 @@ def claim_two_steps(study: Study) -> Finding:
         short = [strides(read_weights(study, c, length).w, c)[0][:, 3].mean() for c in (1.5, -1.5)]
         control[f"A / c^2 at position 3 of {length} inputs, c = 1.5 and -1.5"] = short
     worst, values = max(off_A, off_B), {"A / c^2": A[:, 5:].mean(), "B / c": B[:, 5:].mean()}
-    return Finding(values["A / c^2"], verdict(worst <= 0.15, worst <= 0.3), values, control)
+    each = torch.stack([strides(w, c)[0][:, 5:].mean(1) for c, w in chosen.items()])  # [c, sequence]
+    how, interval = verdict(worst <= 0.15, worst <= 0.3), bootstrap(each, study.generator("two steps"))
+    return Finding(values["A / c^2"], how, values, control, interval)
 
 
-@claim("the weights for c and -c are the same: the model uses |c|, not c", None, figure=22, unit="ratio")
+@claim("the weights for c and -c are the same: the model uses |c|, not c", None, 22, "ratio")
 def claim_blind_to_sign(study: Study) -> Finding:
     """Half the difference of the mean weights w(c) and w(-c), against how far their mean differs from its
     mean over |c|, both as root mean squares over |c|, positions 3 to 13 and sources, where the weights
     explain the output (`source_weights` at least partly). At most a quarter; partly at most a half. A
     one-step rule, w_n = 1 + c and w_{n-1} = -c, has no part that is even but the constant."""
-    mean = {c: found.w.mean(0)[3:] for c, found in study.weights.items()}
-    odd = torch.stack([(mean[size] - mean[-size]) / 2 for size in SIZES])
-    even = torch.stack([(mean[size] + mean[-size]) / 2 for size in SIZES])
-    by_size = (even - even.mean(0)).pow(2).mean().sqrt()
-    ratio = odd.pow(2).mean().sqrt() / by_size
-    explains = min(found.explained for c, found in study.weights.items() if abs(c) <= 1.5) >= 0.8
-    control = {"|c|": SIZES, "by |c|": odd.pow(2).mean((1, 2)).sqrt() / by_size}
-    how = verdict(ratio <= 0.25 and explains, ratio <= 0.5 and explains)
-    return Finding(ratio, how, {"ratio": ratio}, control)
+    w = {sign: torch.stack([study.weights[sign * size].w[:, 3:] for size in SIZES]) for sign in (1, -1)}
+
+    def parts(picks: Tensor) -> tuple[Tensor, Tensor]:  # root mean squares, [|c|] and []
+        plus, minus = (w[sign][:, picks].mean(1) for sign in (1, -1))  # [|c|, dest, src]
+        even = (plus + minus) / 2
+        odd = ((plus - minus) / 2).pow(2).mean((1, 2)).sqrt()
+        return odd, (even - even.mean(0)).pow(2).mean().sqrt()
+
+    def ratio(picks: Tensor) -> Tensor:
+        odd, by_size = parts(picks)
+        return odd.pow(2).mean().sqrt() / by_size
+
+    everyone = torch.arange(w[1].shape[1])
+    odd, by_size = parts(everyone)
+    measured, explains = (
+        ratio(everyone),
+        min(f.explained for c, f in study.weights.items() if abs(c) <= 1.5) >= 0.8,
+    )
+    how = verdict(measured <= 0.25 and explains, measured <= 0.5 and explains)
+    interval = resampled(ratio, len(everyone), study.generator("blind"))
+    return Finding(measured, how, {"ratio": measured}, {"|c|": SIZES, "by |c|": odd / by_size}, interval)
 
 
 @figure(22, "the weight of each source against c (ours)")
@@ -1676,9 +1664,7 @@ def component_weights(study: Study, c: float) -> tuple[list[str], Tensor, Tensor
     return names, source_weights(contributions, x, v), whole.w[:2]
 
 
-@claim(
-    "layer 2's heads take off what is too much of the fixed point", None, 23, unit="factor on a*", layers=3
-)
+@claim("layer 2's heads take off what is too much of the fixed point", None, 23, "factor on a*", 3)
 def claim_subtraction(study: Study) -> Finding:
     """The sum of all weights is the factor on a*, and must be 1; the two-step rule has c^2 from a_{n-1} and
     needs 1 - c^2 from other sources. Mean over positions 5 to 13 and both signs, |c| = 1.2, 1.5, 1.8. At each
@@ -1729,13 +1715,7 @@ def figure_component_weights(study: Study):
     return canvas
 
 
-@claim(
-    "layer 1's heads are a gain control, by way of ln_final's scale",
-    None,
-    24,
-    unit="share of the damage",
-    layers=3,
-)
+@claim("layer 1's heads are a gain control, by way of ln_final's scale", None, 24, "share of the damage", 3)
 def claim_gain_control(study: Study) -> Finding:
     """Mean-ablation raises the MSE: the damage. "Goes" is the share of it that goes away when ln_final is
     given its clean scale, one number a position; "comes back" the share that the scale of the ablated model
@@ -1808,9 +1788,7 @@ def main_directions(study: Study, layer: int, count: int) -> tuple[Tensor, Tenso
     return mean, directions.T.flip(0)[:count].float(), (variances.flip(0) / variances.sum())[:count]
 
 
-@claim(
-    "of all that layer 1's heads write one number a position is enough", None, 24, "MSE / unchanged", layers=3
-)
+@claim("of all that layer 1's heads write one number a position is enough", None, 24, "MSE / unchanged", 3)
 def claim_one_knob(study: Study) -> Finding:
     """What all heads of layer 1 write is reduced to its mean at each position and one number along one
     direction, the first principal one, found on other sequences. The MSE grows by a factor of at most 2,
@@ -1824,8 +1802,10 @@ def claim_one_knob(study: Study) -> Finding:
             (kept, interventions.keep_directions),
             (removed, interventions.remove_directions),
         ):
-            arms = [study.errors(l, change(name, mean, directions[:k])).mean() for k in (1, 2, 3)]
-            factors.append(torch.stack(arms) / study.baseline.mean())
+            arms = [study.errors(l, change(name, mean, directions[:k])) for k in (1, 2, 3)]
+            factors.append(torch.stack([arm.mean() for arm in arms]) / study.baseline.mean())
+            if l == 1 and factors is kept:
+                interval = ratio_interval(arms[0], study.baseline, study.generator("one knob"))
         control |= {f"layer {l}: 1, 2, 3 kept": kept[l], f"layer {l}: 1, 2, 3 removed": removed[l]}
         control[f"layer {l}: share of the variance along each"] = shares
         control[f"layer {l}: cosine of the first with what W_U reads"] = (directions[0] @ span).norm()
@@ -1836,45 +1816,55 @@ def claim_one_knob(study: Study) -> Finding:
     )
     values = {"layer 1: 1 kept": one, "1 removed": without}
     values |= {f"layer {l}: 1 kept": kept[l][0] for l in (0, 2)}
-    return Finding(one, how, values, control)
+    return Finding(one, how, values, control, interval)
 
 
-def interleaved_errors(study: Study, low: float, high: float) -> dict[str, dict[str, float]]:
-    """Unexplained share of the next vector, positions 4 to 13, on sequences that tell one rule from another,
-    |c| from `low` to `high` and both signs: {kind: {predictor: share}}."""
+def interleaved_errors(study: Study, low: float, high: float) -> dict[str, dict[str, Tensor]]:
+    """Squared error of each sequence, positions 4 to 13, on sequences that tell one rule from another, |c|
+    from `low` to `high` and both signs: {kind: {predictor: [batch]}}; "zero" is that of predicting 0."""
     generator, count = study.generator(f"interleaved {low}"), max(10, study.size // 5)
     c = data.uniform(generator, low, high, count) * (1 - 2 * (torch.arange(count) % 2))
     found = {}
     for kind, a in data.interleaved(MAX_LENGTH, c, generator, study.model.config.d_vocab).items():
-        x, target = a[:, :-1], a[:, 5:]
-        predictions = {"model": study.model(x)[:, 4:], "affine solver": data.solve_recurrence(x)[:, 2:]}
-        predictions["two-step rule"] = data.solve_two_steps(x)
-        (factor,), _ = regress(target, x[:, 3:-1])
-        predictions["fixed multiple of a_n-1"] = factor * x[:, 3:-1]
-        found[kind] = {
-            n: ((p - target).pow(2).sum() / target.pow(2).sum()).item() for n, p in predictions.items()
+        x, target, before = a[:, :-1], a[:, 5:], a[:, 3:-2]
+        (factor,), _ = regress(target, before)
+        predictions = {
+            "zero": torch.zeros_like(target),
+            "model": study.model(x)[:, 4:],
+            "affine solver": data.solve_recurrence(x)[:, 2:],
+            "two-step rule": data.solve_two_steps(x),
+            "fixed multiple": factor * before,
         }
+        found[kind] = {name: (p - target).pow(2).sum((1, 2)) for name, p in predictions.items()}
     return found
 
 
-@claim("it follows interleaved sequences, as a two-step rule does", None, figure=25, unit="unexplained share")
+def unexplained(errors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
+    """The same as shares of what predicting 0 leaves."""
+    return {
+        kind: {name: (e.sum() / each["zero"].sum()).item() for name, e in each.items() if name != "zero"}
+        for kind, each in errors.items()
+    }
+
+
+@claim("it follows interleaved sequences, as a two-step rule does", None, 25, "unexplained share")
 def claim_interleaved(study: Study) -> Finding:
     """|c| from 1.2 to 2, positions 4 to 13. On interleaved sequences, which are no affine recurrence, the
     model leaves at most a quarter unexplained of what the exact affine solver leaves, and of what the best
     fixed multiple of a_{n-1} leaves; where odd and even vectors grow differently at least four times what it
     leaves on interleaved ones. Partly if all but the last."""
-    found = interleaved_errors(study, 1.2, 2.0)
+    errors = interleaved_errors(study, 1.2, 2.0)
+    found, near_1 = unexplained(errors), unexplained(interleaved_errors(study, 0.9, 1.2))
     model, rivals = {kind: found[kind]["model"] for kind in KINDS}, found["interleaved"]
-    solver, multiple = rivals["affine solver"], rivals["fixed multiple of a_n-1"]
-    follows = model["interleaved"] <= min(solver, multiple) / 4
+    follows = model["interleaved"] <= min(rivals["affine solver"], rivals["fixed multiple"]) / 4
     fails = model["two growths"] >= 4 * model["interleaved"]
     values = {kind: model[kind] for kind in ("recurrence", "interleaved", "two growths")}
-    values |= {"affine solver": solver, "fixed multiple": multiple}
+    values |= {name: rivals[name] for name in ("affine solver", "fixed multiple")}
     control = {f"|c| 1.2 to 2, {kind}": shares for kind, shares in found.items()}
-    control |= {
-        f"|c| 0.9 to 1.2, {kind}": shares for kind, shares in interleaved_errors(study, 0.9, 1.2).items()
-    }
-    return Finding(model["interleaved"], verdict(follows and fails, follows), values, control)
+    control |= {f"|c| 0.9 to 1.2, {kind}": shares for kind, shares in near_1.items()}
+    each = errors["interleaved"]
+    interval = ratio_interval(each["model"], each["zero"], study.generator("interleaved"))
+    return Finding(model["interleaved"], verdict(follows and fails, follows), values, control, interval)
 
 
 @figure(25, "interleaved sequences (ours)")
@@ -1893,7 +1883,7 @@ def figure_interleaved(study: Study):
     title = f"one sequence, $c^2$ = {c.item() ** 2:.2f}, dimension 0"
     panels[0].set(title=title, xlabel="position n", ylabel="component")
     panels[0].legend()
-    found, bottom = interleaved_errors(study, 1.2, 2.0), 1e-5
+    found, bottom = unexplained(interleaved_errors(study, 1.2, 2.0)), 1e-5
     predictors = {"model": MODEL, "affine solver": "0.6", "two-step rule": OTHER}
     for i, (name, color) in enumerate(predictors.items()):
         heights = [max(found[kind][name], bottom) for kind in KINDS]
@@ -1954,13 +1944,7 @@ def knob_shares(study: Study) -> dict[str, list[float]]:
     return shares
 
 
-@claim(
-    "what turns the knob is the size of the first two vectors",
-    None,
-    26,
-    unit="share of the change that follows",
-    layers=2,
-)
+@claim("what turns the knob is the size of the first two vectors", None, 26, "share that follows", 2)
 def claim_knob(study: Study) -> Finding:
     """See `knob_shares`. In both directions at least half of the change of the log scale follows layer 1's
     key and value of source position 1 alone, and more than those of any other position; and at least half
@@ -2038,7 +2022,7 @@ def course(study: Study) -> dict[str, dict[str, float]]:
         found["gain: share of layer 1's damage that goes"] = {
             "model": mended / (arms["mean"] - study.baseline.mean())
         }
-    interleaved = interleaved_errors(study, 1.2, 2.0)
+    interleaved = unexplained(interleaved_errors(study, 1.2, 2.0))
     found["unexplained share"] = {kind: interleaved[kind]["model"] for kind in ("recurrence", "interleaved")}
     return plain(found)
 
