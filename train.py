@@ -13,7 +13,8 @@
 The run folder gets config.json (model and training settings), log.csv (step, loss: mean since the row before,
 eval_mse: on the fixed held-out set, seconds), weights.pt (the state dict), checkpoint.pt (all that resuming
 needs) and steps/00001000.pt and so on: the weights alone, at steps ever further apart. Ctrl-C saves first. A
-run that was killed and resumed ends, on the same machine, with the same bits as one that was not.
+run that was killed and resumed ends, on the same machine, with the same bits as one that was not (of several
+seeds as one on a GPU, unless the kill came while they were being saved).
 
 Parts, in order: the settings of a run; Run, what a run folder holds; Trainer, which takes the steps; `train`,
 the loop; `benchmark`; the command line.
@@ -80,8 +81,7 @@ class Options:
     threads: int = setting(torch.get_num_threads(), "CPU threads")
     out: str = setting(os.path.join("runs", "paper"), "run folder")
 
-    # What may differ between two sittings of a run; the rest is in config.json, and only --steps may change
-    # there.
+    # What may differ between two sittings of a run; of the rest, in config.json, only --steps may change.
     SITTING = ("no_steps", "no_graphs", "device", "threads", "out")
 
     def __post_init__(self):
@@ -225,7 +225,9 @@ class Run:
     def check(self, value: float, what: str):
         if not math.isfinite(value):
             which = f"{what} is {value} (seed {self.options.seed})"
-            raise FloatingPointError(f"{which}: the last good checkpoint is kept; try a smaller --lr")
+            raise FloatingPointError(
+                f"{which}: the last good checkpoint is kept; try a smaller --lr, or without this seed"
+            )
 
 
 def adamw(parameters: list[torch.Tensor], options: Options) -> torch.optim.AdamW:
@@ -243,11 +245,9 @@ def adamw(parameters: list[torch.Tensor], options: Options) -> torch.optim.AdamW
 
 def is_kept(step: int) -> bool:
     """Whether steps/ keeps the weights: at 0, 1, 2, 4, .. 512, then 1, 2 and 5 thousand, and so on."""
-    return (
-        step & (step - 1) == 0
-        if step <= 512
-        else step % 1000 == 0 and str(step).rstrip("0") in ("1", "2", "5")
-    )
+    if step <= 512:
+        return step & (step - 1) == 0
+    return step % 1000 == 0 and str(step).rstrip("0") in ("1", "2", "5")
 
 
 def refuse_existing(out: str):
@@ -483,7 +483,7 @@ def train(runs: list[Run]) -> bool:
     held_out = data.held_out(HELD_OUT_PER_LENGTH, device=options.device, d_vocab=d_vocab)
     losses = torch.empty(CHUNK, len(runs), device=options.device)
     step, clock = runs[0].step, time.perf_counter()
-    saved, end = clock, False
+    saved, cost, end = clock, 0.0, False
     if step == 0 and not options.no_steps:
         for run in runs:
             run.save_step()
@@ -506,7 +506,8 @@ def train(runs: list[Run]) -> bool:
             end = step == options.steps or stop.requested
             new_row = step == options.steps or step % options.eval_every == 0
             keep = is_kept(step) and not options.no_steps
-            save = end or time.perf_counter() - saved >= SAVE_SECONDS
+            # Many seeds on a slow disk take long to save: never more than a twentieth of the time.
+            save = end or time.perf_counter() - saved >= max(SAVE_SECONDS, 20 * cost)
             if new_row or keep or save:
                 trainer.write_back()
             evaluations = [data.evaluate(run.model, held_out) if new_row else 0.0 for run in runs]
@@ -522,7 +523,9 @@ def train(runs: list[Run]) -> bool:
                 if save:
                     run.save()
             clock = now
-            saved = time.perf_counter() if save else saved
+            if save:
+                saved = time.perf_counter()
+                cost = saved - now
             progress.show(sum(map(sum, values)) / (done * len(runs)), new_row)
     return step == options.steps
 
