@@ -851,6 +851,16 @@ class Training(TestCase):
             with self.assertRaisesRegex(ValueError, says):
                 train.open_run({"out": settings["out"]} | changes, resume=True)
         self.assertEqual(read(path), good)
+        config = os.path.join(settings["out"], "config.json")
+        good_config = read(config)
+        for bad, says in ((b'{"speed": 3}', "no setting 'speed'"), (good_config[:20], "damaged or is no config")):
+            with open(config, "wb") as f:
+                f.write(bad)
+            with self.assertRaisesRegex(ValueError, says):
+                train.open_run({"out": settings["out"]}, resume=True)
+        os.remove(config)  # the checkpoint knows too
+        train.open_run({"out": settings["out"]}, resume=True).release()
+        self.assertEqual(read(config), good_config)
         for bad in (good[: len(good) // 2], b"garbage"):
             with open(path, "wb") as f:
                 f.write(bad)
@@ -875,6 +885,7 @@ class Training(TestCase):
             (["--n-layers", "0"], "at least 1"),
             (["--act-fn", "tanh"], "relu, gelu_new"),
             (["--initializer-range", "0"], "above 0"),
+            (["--initializer-range", "nan"], "above 0"),
             (["--n-ctx", "8"], "n_ctx must be at least 14"),
             (["--seeds", "5-2"], "seeds such as"),
             (["--seeds", "1,1"], "twice"),

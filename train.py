@@ -97,11 +97,14 @@ class Options:
 
 def from_settings(settings: dict) -> tuple[Options, Config]:
     """Options and Config with the values in `settings`, a flat dict such as config.json holds, and defaults
-    for the rest. ValueError if a value is out of its range."""
-    chosen = [
-        {f.name: settings[f.name] for f in fields(kind) if f.name in settings} for kind in (Options, Config)
-    ]
-    options, config = Options(**chosen[0]), Config(**chosen[1])
+    for the rest. ValueError for a setting that there is not and for a value out of its range."""
+    names = [{f.name for f in fields(kind)} for kind in (Options, Config)]
+    if unknown := sorted(settings.keys() - set.union(*names)):
+        raise ValueError(f"there is no setting {unknown[0]!r}; settings are those of train.py --help")
+    options, config = (
+        kind(**{name: settings[name] for name in known & settings.keys()})
+        for kind, known in zip((Options, Config), names)
+    )
     if config.n_ctx < data.MAX_LENGTH:
         raise ValueError(
             f"n_ctx must be at least {data.MAX_LENGTH}, the longest sequence, not {config.n_ctx}"
