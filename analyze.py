@@ -120,6 +120,19 @@ def verdict(full, part=False) -> str:
     return "reproduced" if full else "partly" if part else "not reproduced"
 
 
+def once(measure: Callable) -> Callable:
+    """Makes a function of a study and plain arguments compute each of its results once for each study."""
+
+    @functools.wraps(measure)
+    def kept(study: "Study", *arguments):
+        key = (measure.__name__, *arguments)
+        if key not in study.kept:
+            study.kept[key] = measure(study, *arguments)
+        return study.kept[key]
+
+    return kept
+
+
 def fit_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Slope, intercept and R^2 of the least squares line through (x_d, y_d), d over the last dimension."""
     x_mean, y_mean = x.mean(-1, keepdim=True), y.mean(-1, keepdim=True)
@@ -204,6 +217,7 @@ class Study:
         self.model = fold(transformer).requires_grad_(False)
         self.seed, self.size, self.log = seed, size or POPULATION, log
         self.layers, self.heads = range(self.model.config.n_layers), range(self.model.config.n_heads)
+        self.kept: dict[tuple, object] = {}  # what functions under @once found
 
     def generator(self, purpose: str) -> torch.Generator:
         """A random stream for each purpose, so that a number does not depend on what else is computed."""
@@ -309,10 +323,6 @@ class Study:
             "factor": errors.mean() / self.baseline.mean(),
             "difference": difference,
         }
-
-    @functools.cached_property
-    def ablations(self) -> dict[str, dict[str, Tensor]]:
-        return ablations(self)
 
     @functools.cached_property
     def weights(self) -> dict[float, "Weights"]:
@@ -756,6 +766,7 @@ def direct_attribution(
     return torch.einsum("bp...d,bpd->bp...", normalised, target @ model.unembed.W_U.T)
 
 
+@once
 def attributions(study: Study, hook: str) -> dict[str, Tensor]:
     """Population mean of `direct_attribution` of what is at a hook point of each layer, {reading: [n_layers,
     ..., pos]}: the paper's reading and the standard one, each to the next vector a_{m+1} and to the step
@@ -872,6 +883,7 @@ def large_vectors(study: Study) -> Tensor:
     return study.population.a[:, :-1].norm(dim=-1) >= 1
 
 
+@once
 def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Slope, intercept and R^2 of what the OV circuits of layer 0 make of vectors, a line a vector, {reading:
     ..}.
@@ -911,8 +923,8 @@ def ov_control(study: Study, part: int) -> dict:
     )  # each vector from another recurrence
     return {
         "5%, 50%, 95% of the vectors": percentiles(fits["data vectors"][part]),
-        "each head": fits.pop("each head")[part].median(1).values,
-        **{name: fit[part].median() for name, fit in fits.items()},
+        "each head": fits["each head"][part].median(1).values,
+        **{name: fit[part].median() for name, fit in fits.items() if name != "each head"},
         "all of layer 0 against a_n-1": layer_0_adds(study, a)[part].median(),
         "the same on vectors of different recurrences": layer_0_adds(study, mixed)[part].median(),
     }
@@ -1075,6 +1087,7 @@ def effective_rank(matrix: Tensor) -> Tensor:
     return (s.sum(-1) ** 2 / (s**2).sum(-1)).float()
 
 
+@once
 def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
     """MSE of each test sequence with all heads, or the MLP, of a layer ablated, {"layer 1 heads": {kind:
     [size]}}.
@@ -1118,7 +1131,7 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
     """Means at each position over the population, MSE on other sequences. All heads of layer 1 at once
     multiply it by at most 4 (the paper's factor is 2); partly if only in one of the two other readings, every
     head by itself, or all at once with ln_final's scale held at its clean value."""
-    arms, before = study.ablations, study.baseline.mean()
+    arms, before = ablations(study), study.baseline.mean()
     factors = {name: {kind: e.mean() / before for kind, e in kinds.items()} for name, kinds in arms.items()}
     together, held = (factors["layer 1 heads"][kind] for kind in ("mean", "mean, clean scale"))
     heads = head_ablations(study, interventions.mean_outputs(study.activations))
@@ -1522,6 +1535,7 @@ class Weights:
     explained: float  # share of the squared output that sum_s w_s a_s explains, positions 2..
 
 
+@once
 def read_weights(study: Study, c: float, length: int = MAX_LENGTH) -> Weights:
     """Source weights at one c; c and -c get the same a_0 and d, but for their normalisation."""
     generator, count = study.generator(f"weights {abs(c)}"), max(1, PER_C * study.size // POPULATION)
@@ -1640,6 +1654,7 @@ def figure_source_weights(study: Study):
     return canvas
 
 
+@once
 def component_weights(study: Study, c: float) -> tuple[list[str], Tensor, Tensor]:
     """Source weights of everything that adds to the residual stream, at one c, through the clean final scale.
 
@@ -1721,7 +1736,7 @@ def claim_gain_control(study: Study) -> Finding:
     given its clean scale, one number a position; "comes back" the share that the scale of the ablated model
     alone does to an unchanged one. For layer 1's heads goes at least 0.8 and comes back at least 0.5, and for
     those of layers 0 and 2 both are below 0.5; partly if so for layer 1 only."""
-    before, arms = study.baseline.mean(), study.ablations
+    before, arms = study.baseline.mean(), ablations(study)
     damage = {name: each["mean"].mean() - before for name, each in arms.items()}
     goes = {
         name: 1 - (each["mean, clean scale"].mean() - before) / damage[name] for name, each in arms.items()
@@ -1750,7 +1765,7 @@ def claim_gain_control(study: Study) -> Finding:
 
 @figure(24, "layer 1 as a gain control (ours)", layers=2)
 def figure_gain(study: Study):
-    arms, target = study.ablations["layer 1 heads"], study.test.a[:, 1:]
+    arms, target = ablations(study)["layer 1 heads"], study.test.a[:, 1:]
     shown = {
         "clean": (study.baseline, {"color": "black"}),
         "layer 1's heads mean-ablated": (arms["mean"], {"color": LENS}),
@@ -1819,6 +1834,7 @@ def claim_one_knob(study: Study) -> Finding:
     return Finding(one, how, values, control, interval)
 
 
+@once
 def interleaved_errors(study: Study, low: float, high: float) -> dict[str, dict[str, Tensor]]:
     """Squared error of each sequence, positions 4 to 13, on sequences that tell one rule from another, |c|
     from `low` to `high` and both signs: {kind: {predictor: [batch]}}; "zero" is that of predicting 0."""
@@ -1895,6 +1911,7 @@ def figure_interleaved(study: Study):
     return canvas
 
 
+@once
 def knob_shares(study: Study) -> dict[str, list[float]]:
     """What turns the knob: {what layer 1 is given of other sequences: share of the change of ln_final's log
     scale that follows}, for decaying sequences (|c| 0.2 to 0.7) given something of growing ones (1.5 to 2),
@@ -2017,7 +2034,9 @@ def course(study: Study) -> dict[str, dict[str, float]]:
     weights = {f"c = {c}": read_weights(study, c).w.mean(0)[9, 8] for c in (1.5, 0.5)}
     found["weight of $a_{n-1}$ at position 9"] = weights
     if len(layers) > 1:
-        arms = {kind: study.ablations["layer 1 heads"][kind].mean() for kind in ("mean", "mean, clean scale")}
+        arms = {
+            kind: ablations(study)["layer 1 heads"][kind].mean() for kind in ("mean", "mean, clean scale")
+        }
         mended = arms["mean"] - arms["mean, clean scale"]
         found["gain: share of layer 1's damage that goes"] = {
             "model": mended / (arms["mean"] - study.baseline.mean())

@@ -1405,7 +1405,7 @@ class Analysis(TestCase):
 
     def test_ablations_and_held_scales_are_what_they_say(self):
         study = self.study()
-        arms, x, target = study.ablations["layer 1 heads"], study.test.a[:, :-1], study.test.a[:, 1:]
+        arms, x, target = analyze.ablations(study)["layer 1 heads"], study.test.a[:, :-1], study.test.a[:, 1:]
         means = interventions.mean_outputs(study.activations)
         hooks = interventions.replace_outputs(means, interventions.layer_heads(study.model, 1))
         ablated: dict = {}
