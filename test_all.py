@@ -853,7 +853,8 @@ class Training(TestCase):
         self.assertEqual(read(path), good)
         config = os.path.join(settings["out"], "config.json")
         good_config = read(config)
-        for bad, says in ((b'{"speed": 3}', "no setting 'speed'"), (good_config[:20], "damaged or is no config")):
+        cut = (good_config[:20], "damaged or is no config")
+        for bad, says in ((b'{"speed": 3}', "no setting 'speed'"), cut):
             with open(config, "wb") as f:
                 f.write(bad)
             with self.assertRaisesRegex(ValueError, says):
@@ -1371,8 +1372,8 @@ class Analysis(TestCase):
     def test_an_untrained_model_reproduces_no_learnt_claim(self):
         study = self.study().untrained
         for name in (
-            "mse l0_prev_token l1_second_token l2_checkerboard l0_ov_r2 l0_ov_slope l1_ov_effective_rank l2_ov_identity "
-            "l2_qk_identity lens_after_l0 eigenvalue_score alpha source_weights two_steps gain_control knob"
+            "mse l0_prev_token l1_second_token l2_checkerboard l0_ov_r2 l0_ov_slope l1_ov_effective_rank "
+            "l2_ov_identity l2_qk_identity lens_after_l0 eigenvalue_score alpha source_weights two_steps gain_control knob"
         ).split():
             self.assertEqual(analyze.CLAIMS[name].find(study).verdict, "not reproduced", name)
 
