@@ -1373,7 +1373,8 @@ class Analysis(TestCase):
         study = self.study().untrained
         for name in (
             "mse l0_prev_token l1_second_token l2_checkerboard l0_ov_r2 l0_ov_slope l1_ov_effective_rank "
-            "l2_ov_identity l2_qk_identity lens_after_l0 eigenvalue_score alpha source_weights two_steps gain_control knob"
+            "l2_ov_identity l2_qk_identity lens_after_l0 eigenvalue_score alpha source_weights two_steps "
+            "gain_control knob"
         ).split():
             self.assertEqual(analyze.CLAIMS[name].find(study).verdict, "not reproduced", name)
 
