@@ -22,6 +22,7 @@ import tempfile
 import unittest
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -166,7 +167,7 @@ class TestCase(unittest.TestCase):
 
 class Data(TestCase):
     def test_sequences_are_affine_recurrences_with_the_c_and_d_they_carry(self):
-        for length in (1, 3, 14, 32):
+        for length in (3, 14, 32):
             s = data.sample(200, length, seeded(length))
             self.assertEqual(s.a.shape, (200, length + 1, 40))
             largest = s.a.abs().amax((1, 2), keepdim=True)
@@ -202,9 +203,11 @@ class Data(TestCase):
         self.assertFalse(torch.equal(data.sample(8, 5, seeded(3)).a, data.sample(8, 5, seeded(4)).a))
 
     def test_lengths_that_the_model_has_no_positions_for_are_refused(self):
-        for length in (0, -1, 33):
-            with self.assertRaisesRegex(ValueError, "between 1 and n_ctx = 32"):
+        for length in (0, -1, 2, 33):
+            with self.assertRaisesRegex(ValueError, f"between 3, .* and n_ctx = 32, not {length}"):
                 data.sample(4, length, seeded())
+        with self.assertRaisesRegex(ValueError, "linear-3 must be between 5, "):
+            data.sample(4, 4, seeded(), task="linear-3")
         with self.assertRaisesRegex(ValueError, "batch"):
             data.sample(0, 5, seeded())
 
@@ -223,6 +226,115 @@ class Data(TestCase):
         self.assertClose(analyze.squared_errors(wrong, target).mean(), data.mse(wrong, target), 1e-5)
         with self.assertRaises(ValueError):
             data.mse(target[:, :2], target[:, :2])
+        wrong[:, 2] += 3.0
+        self.assertEqual(data.mse(wrong, target, first=3).item(), 0)
+
+
+class Tasks(TestCase):
+    OTHERS = ("linear-1", "linear-2", "linear-3", "polynomial-1", "polynomial-2", "polynomial-3", "quadratic")
+
+    def rows(self, name: str, a: torch.Tensor, n: int) -> torch.Tensor:
+        """What a_n is a linear function of, [rows, d_vocab]: the scalars of the task multiply these."""
+        if name == "quadratic":
+            return torch.stack([a[n - 1] ** 2, a[n - 1]])
+        return torch.stack([a[n - 1 - i] for i in range(int(name[-1]))])
+
+    def test_affine_sequences_are_the_same_numbers_as_ever(self):
+        g, uniform = seeded(7), lambda *shape: 4 * torch.rand(*shape, generator=g) - 2
+        c, a_0, d, r = uniform(50), uniform(50, 40), uniform(50, 40), 1 + torch.rand(50, generator=g)
+        powers = c[:, None] ** torch.arange(15)
+        a = powers[..., None] * a_0[:, None] + (powers.cumsum(1) - powers)[..., None] * d[:, None]
+        scale = r / a[:, :-1].norm(dim=-1).amax(1)
+        s = data.sample(50, 14, seeded(7))
+        self.assertTrue(torch.equal(s.a, a * scale[:, None, None]))
+        self.assertTrue(torch.equal(s.d, d * scale[:, None]) and torch.equal(s.c, c))
+
+    def test_sequences_obey_the_recurrence_of_their_task_within_bounds(self):
+        for name in self.OTHERS:
+            for length in (data.find_task(name).first + 1, 14, 32):
+                with self.subTest(name, length=length):
+                    s = data.sample(100, length, seeded(length), task=name, dtype=torch.float64)
+                    largest = s.a[:, :-1].norm(dim=-1).amax(1)
+                    self.assertTrue(((largest > 1 - 1e-9) & (largest < 2 + 1e-9)).all())
+                    lags = s.c.shape[1] if name != "quadratic" else 1
+                    for a, c, d in zip(*s):
+                        for n in range(lags, length + 1):
+                            self.assertClose(a[n], c @ self.rows(name, a, n) + d, 1e-12)
+                    single = data.sample(1000, length, seeded(length), task=name)
+                    self.assertTrue(all(value.isfinite().all() for value in single))
+
+    def test_polynomials_are_polynomials_and_quadratic_maps_stay_within_their_bounds(self):
+        for K in (1, 2, 3):
+            a = data.sample(20, 10, seeded(), task=f"polynomial-{K}", dtype=torch.float64).a
+            self.assertClose(a.diff(n=K + 1, dim=1), 0, 1e-12)
+            self.assertGreater(a.diff(n=K, dim=1).abs().mean().item(), 1e-4)
+        s = data.sample(500, 32, seeded(), task="quadratic")
+        self.assertLess(s.a[:, -1].norm(dim=-1).max().item(), 4)
+        b, c = s.c.T[..., None]
+        k = b * s.d + c / 2 - c**2 / 4  # of x_n = x_{n-1}^2 + k
+        self.assertTrue(((k > -1.9 - 1e-3) & (k < 0.25 + 1e-3)).all())
+        self.assertTrue((b > 0).any() and (b < 0).any())
+
+    def test_roots_are_those_of_the_specification(self):
+        c = data.sample(4000, 4, seeded(), task="linear-1").c  # the paper's task
+        self.assertAlmostEqual(c.std().item(), 4 / 12**0.5, delta=0.03)
+        for K in (2, 3):
+            c = data.sample(4000, 6, seeded(), task=f"linear-{K}", dtype=torch.float64).c.numpy()
+            roots = np.array([np.roots([1, *-row]) for row in c])
+            is_complex = np.abs(roots.imag) > 1e-9
+            self.assertLess(np.abs(roots).max(), 2 + 1e-6)
+            self.assertAlmostEqual(is_complex.any(1).mean(), 0.5, delta=0.03)
+            self.assertEqual(set(is_complex.sum(1)), {0, 2})
+            self.assertAlmostEqual(np.abs(roots[is_complex]).mean(), 1, delta=0.03)  # of U[0, 2]
+            self.assertAlmostEqual(roots[~is_complex].real.std(), 4 / 12**0.5, delta=0.04)
+
+    def test_solvers_are_exact_where_the_next_vector_is_determined(self):
+        for name in ("affine", *self.OTHERS):
+            kind = data.find_task(name)
+            for length in (kind.first + 1, 14, 32):
+                a = data.sample(300, length, seeded(), task=name, dtype=torch.float64).a
+                with self.subTest(name, length=length):
+                    self.assertClose(kind.solve(a[:, :-1]), a[:, kind.first + 1 :], 1e-10)
+
+    def test_one_position_earlier_the_next_vector_is_not_determined(self):
+        """All unknowns of a task by least squares, on the vectors that are known at a position."""
+        for name in ("affine", *self.OTHERS):
+            first, errors, size = data.find_task(name).first, {0: 0.0, 1: 0.0}, 0.0
+            for a in data.sample(30, 8, seeded(), 5, task=name, dtype=torch.float64).a:
+                size += a[first + 1].norm()
+                for earlier in errors:
+                    known = first + 1 - earlier  # vectors
+                    if name.startswith("polynomial"):
+                        powers = torch.arange(known + 1, dtype=a.dtype)[:, None] ** torch.arange(first + 1)
+                        v = torch.linalg.pinv(powers[:-1]) @ a[:known]
+                        errors[earlier] += (powers[-1] @ v - a[known]).norm()
+                        continue
+                    task = "linear-1" if name == "affine" else name
+                    lags, eye = 1 if name == "quadratic" else first - 1, torch.eye(5, dtype=a.dtype)
+                    rows = [torch.cat([self.rows(task, a, n).T, eye], 1) for n in range(lags, known + 1)]
+                    x = torch.linalg.pinv(torch.cat(rows[:-1])) @ a[lags:known].flatten()
+                    errors[earlier] += (rows[-1] @ x - a[known]).norm()
+            with self.subTest(name):
+                self.assertLess(errors[0] / size, 1e-8)
+                # A curve may be guessed from fewer vectors, though not found out.
+                self.assertGreater(errors[1] / size, 0.01 if name.startswith("polynomial") else 0.2)
+
+    def test_the_two_step_rule_is_exact_and_asks_for_c_squared_only(self):
+        for c in (-2.0, -1.0, -0.3, 1e-3, 1.0, 1.7):
+            a = data.sample(20, 14, seeded(), c_range=(c, c), dtype=torch.float64).a
+            self.assertClose(data.two_step_rule(a[:, :-1]), a[:, 3:], 1e-9)
+        still = torch.ones(1, 5, 40)
+        self.assertTrue(torch.equal(data.two_step_rule(still), still[:, 2:]))
+
+    def test_unknown_tasks_are_refused(self):
+        for name in ("nonsense", "linear", "linear-0", "linear--1", "linear-x", "affine-2", "", "linear-1.5"):
+            with self.assertRaisesRegex(ValueError, "task must be one of affine, quadratic, linear-K"):
+                data.find_task(name)
+        for name in ("linear-99", "polynomial-14"):
+            with self.assertRaisesRegex(ValueError, f"task {name} is too long: .* 14"):
+                data.find_task(name)
+        self.assertEqual(list(data.find_task("linear-3").lengths), list(range(5, 15)))
+        self.assertEqual([s.a.shape[1] for s in data.held_out(2, task="linear-3")], list(range(6, 16)))
 
 
 class Model(TestCase):
@@ -632,8 +744,9 @@ class Training(TestCase):
         run, stack = train.Run(self.settings()), self.stack((1, 2))[1]
         run.model.to("meta")
         stack.named = {name: p.detach().to("meta").requires_grad_() for name, p in stack.named.items()}
-        with mock.patch("torch.rand", lambda *shape, device, generator: torch.empty(shape, device=device)):
-            a = data.sample(2, 5, mock.Mock(device=torch.device("meta"))).a
+        with mock.patch("torch.rand", lambda *shape, generator, **like: torch.empty(shape, **like)):
+            for task in ("linear-2", "linear-3", "polynomial-2", "quadratic", "affine"):
+                a = data.sample(2, 5, mock.Mock(device=torch.device("meta")), task=task).a
         losses = train.Trainer([run]).loss(a), stack.loss(torch.stack([a, a]))
         for loss, parameters in zip(losses, (run.model.parameters(), stack.named.values())):
             loss.sum().backward()
@@ -652,7 +765,7 @@ class Training(TestCase):
             runs = [[train.Run(self.settings(seed=seed, device="cuda")) for seed in seeds] for _ in range(2)]
             plain, captured = (train.Trainer(each) for each in runs)
             captured.capture()
-            self.assertEqual(sorted(captured.graphs), list(data.LENGTHS))
+            self.assertEqual(sorted(captured.graphs), list(range(3, 15)))
             for p, q in zip(plain.parameters, captured.parameters):
                 self.assertTrue(torch.equal(p, q))  # capturing put everything back
             losses = [
@@ -709,6 +822,34 @@ class Training(TestCase):
 
     def test_a_run_in_two_parts_equals_one_in_one_part(self):
         self.assertPartsMakeAWhole("cpu")
+
+    def test_every_task_trains_from_its_first_position_on_and_resumes_to_the_same_bits(self):
+        for task in ("linear-2", "linear-3", "polynomial-1", "polynomial-3", "quadratic"):
+            with self.subTest(task):
+                whole = self.settings(task=task, steps=6, seed=3)
+                self.assertTrue(self.quietly(whole_run := train.open_run(whole, resume=False)))
+                part = self.settings(task=task, steps=2, seed=3)
+                self.assertTrue(self.quietly(train.open_run(part, resume=False)))
+                again = train.open_run({"out": part["out"], "steps": 6}, resume=True)
+                self.assertEqual(again.options.task, task)
+                self.assertTrue(self.quietly(again))
+                for a, b in zip(whole_run.model.parameters(), again.model.parameters()):
+                    self.assertTrue(torch.equal(a, b))
+                with self.assertRaisesRegex(ValueError, f"task {task}, not affine"):
+                    train.open_run({"out": part["out"], "task": "affine"}, resume=True)
+                first, trainer = data.find_task(task).first, train.Trainer([again])
+                a = data.sample(2, 14, seeded(), task=task).a
+                error = (again.model(a[:, :-1]) - a[:, 1:])[:, first:].pow(2).mean()
+                self.assertClose(trainer.loss(a).detach(), error.detach(), 1e-6)
+
+    def test_checkpoints_older_than_the_tasks_are_of_the_affine_one(self):
+        self.assertTrue(self.quietly(run := train.open_run(self.settings(steps=1), resume=False)))
+        del run.settings["task"]
+        run.save()
+        out = {"out": run.options.out, "steps": 2}
+        with self.assertRaisesRegex(ValueError, "task affine, not quadratic"):
+            train.open_run(out | {"task": "quadratic"}, resume=True)
+        self.assertEqual(train.open_run(out, resume=True).options.task, "affine")
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
     def test_a_run_in_two_parts_equals_one_in_one_part_on_cuda(self):
@@ -885,6 +1026,9 @@ class Training(TestCase):
             (["--dtype", "float16"], "float32, bfloat16"),
             (["--n-layers", "0"], "at least 1"),
             (["--act-fn", "tanh"], "relu, gelu_new"),
+            (["--task", "nonsense"], "must be one of affine"),
+            (["--task", "linear-0"], "K of at least 1"),
+            (["--task", "linear-99"], "too long"),
             (["--initializer-range", "0"], "above 0"),
             (["--initializer-range", "nan"], "above 0"),
             (["--n-ctx", "8"], "n_ctx must be at least 14"),

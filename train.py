@@ -3,12 +3,14 @@
     python train.py                                   # the paper's run: 100,000 steps, into runs/paper
     python train.py --steps 2000 --out runs/short     # a short one
     python train.py --n-layers 1 --d-mlp 512 --out runs/toy    # every field of model.Config is an option
+    python train.py --task linear-2 --steps 20000 --out runs/tasks/linear-2    # another task of data.py
     python train.py --resume                          # go on with a run that was stopped or killed
     python train.py --seeds 0-15 --out runs/seeds     # sixteen runs, into runs/seeds/seed_0000 and so on
     torchrun --nproc_per_node=4 train.py --seeds 0-63 --out runs/seeds    # the same, divided over four GPUs
     python train.py --benchmark                       # where the time of a step goes
     python analyze.py --all --run runs/paper --out runs/paper/figures     # then look at it, or at all seeds:
     python analyze.py --seeds runs/seeds --out runs/seeds/figures
+    python analyze.py --tasks runs/tasks --out runs/tasks/figures
 
 The run folder gets config.json (model and training settings), log.csv (step, loss: mean since the row before,
 eval_mse: on the fixed held-out set, seconds), weights.pt (the state dict), checkpoint.pt (all that resuming
@@ -63,6 +65,7 @@ BENCHMARK_STEPS = 240
 class Options:
     """The settings of training, each declared here once; the command line is made from this and Config."""
 
+    task: str = setting("affine", f"what to learn: {', '.join(data.TASKS)}, such as linear-2")
     steps: int = setting(100_000, "optimizer steps; a longer run may go on from a shorter one")
     batch_size: int = setting(16, "sequences a step")
     lr: float = setting(1e-4, "learning rate of AdamW, constant")
@@ -86,6 +89,7 @@ class Options:
 
     def __post_init__(self):
         check_settings(self)
+        data.find_task(self.task)
         kind, _, index = self.device.partition(":")
         if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
             raise ValueError(f"device must be cpu, cuda or cuda:N, not {self.device!r}")
@@ -132,6 +136,7 @@ class Run:
         }
         # Drawn on the CPU, so that they are the same on every device; the lengths too, so that the host knows
         # them.
+        self.task = data.find_task(self.options.task)
         self.lengths = torch.Generator().manual_seed(self.options.seed)
         self.model = Transformer(config, self.lengths).to(self.options.device)
         data_seed = torch.randint(2**62, (), generator=self.lengths).item()
@@ -165,11 +170,10 @@ class Run:
         mine = self.state()
         if missing := sorted(mine.keys() - state.keys()):
             raise ValueError(f"{path} is no checkpoint of train.py: it lacks {missing[0]!r}")
+        begun = {"task": "affine"} | state["settings"]  # runs older than other tasks do not say which
         for name, value in self.settings.items():
-            if name != "steps" and name in state["settings"] and state["settings"][name] != value:
-                raise ValueError(
-                    f"{path} belongs to a run with {name} {state['settings'][name]}, not {value}"
-                )
+            if name != "steps" and begun.get(name, value) != value:
+                raise ValueError(f"{path} belongs to a run with {name} {begun[name]}, not {value}")
         if state["device"] != mine["device"]:
             there, here = state["device"], mine["device"]
             streams = f"whose random streams differ from those of {here}"
@@ -304,7 +308,7 @@ class Trainer:
     """
 
     def __init__(self, runs: list[Run]):
-        self.runs, self.options, self.model = runs, runs[0].options, runs[0].model
+        self.runs, self.options, self.model, self.task = runs, runs[0].options, runs[0].model, runs[0].task
         self.stacked = len(runs) > 1
         self.parameters, self.optimizer = runs[0].parameters, runs[0].optimizer
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -323,10 +327,8 @@ class Trainer:
 
     def sample(self, length: int) -> torch.Tensor:
         """A batch of sequences, [batch, length + 1, d_vocab], or [runs, batch, length + 1, d_vocab]."""
-        d_vocab = self.model.config.d_vocab
-        batches = [
-            data.sample(self.options.batch_size, length, run.sequences, d_vocab).a for run in self.runs
-        ]
+        size, d_vocab, task = self.options.batch_size, self.model.config.d_vocab, self.options.task
+        batches = [data.sample(size, length, run.sequences, d_vocab, task=task).a for run in self.runs]
         return torch.stack(batches) if self.stacked else batches[0]
 
     def loss(self, a: torch.Tensor) -> torch.Tensor:
@@ -336,7 +338,7 @@ class Trainer:
             bfloat16 = self.options.dtype == "bfloat16"
             with torch.autocast(torch.device(self.options.device).type, torch.bfloat16, enabled=bfloat16):
                 prediction = predict(a[:, :-1])
-            return data.mse(prediction.float(), a[:, 1:])
+            return data.mse(prediction.float(), a[:, 1:], self.task.first)
 
         if not self.stacked:
             return one(self.model, a)
@@ -356,9 +358,8 @@ class Trainer:
 
     def train_step(self) -> torch.Tensor:
         """One step of the paper's training, on a batch of one random length. Returns the loss."""
-        length = torch.randint(
-            data.MIN_LENGTH, data.MAX_LENGTH + 1, (), generator=self.runs[0].lengths
-        ).item()
+        lengths = self.task.lengths
+        length = torch.randint(lengths.start, lengths.stop, (), generator=self.runs[0].lengths).item()
         if length not in self.graphs:
             return self.compute(length)
         self.graphs[length].replay()
@@ -396,11 +397,11 @@ class Trainer:
         try:
             side.wait_stream(current)
             with torch.cuda.stream(side):
-                for length in data.LENGTHS:
+                for length in self.task.lengths:
                     loss = self.compute(length)
             current.wait_stream(side)
             self.captured_loss, graphs, pool = torch.zeros_like(loss), {}, torch.cuda.graph_pool_handle()
-            for length in reversed(data.LENGTHS):  # the largest first: the others fit into its memory
+            for length in reversed(self.task.lengths):  # the largest first: the others fit into its memory
                 graph = graphs[length] = torch.cuda.CUDAGraph()
                 for generator in generators:
                     graph.register_generator_state(generator)
@@ -483,7 +484,7 @@ def train(runs: list[Run]) -> bool:
     if torch.device(options.device).type == "cuda" and not options.no_graphs:
         trainer.capture()
     d_vocab = trainer.model.config.d_vocab
-    held_out = data.held_out(HELD_OUT_PER_LENGTH, device=options.device, d_vocab=d_vocab)
+    held_out = data.held_out(HELD_OUT_PER_LENGTH, device=options.device, d_vocab=d_vocab, task=options.task)
     losses = torch.empty(CHUNK, len(runs), device=options.device)
     step, clock = runs[0].step, time.perf_counter()
     saved, cost, end = clock, 0.0, False
@@ -513,7 +514,9 @@ def train(runs: list[Run]) -> bool:
             save = end or time.perf_counter() - saved >= max(SAVE_SECONDS, 20 * cost)
             if new_row or keep or save:
                 trainer.write_back()
-            evaluations = [data.evaluate(run.model, held_out) if new_row else 0.0 for run in runs]
+            evaluations = [
+                data.evaluate(run.model, held_out, trainer.task.first) if new_row else 0.0 for run in runs
+            ]
             now = time.perf_counter()
             for run, eval_mse in zip(runs, evaluations):
                 run.check(eval_mse, f"the held-out MSE after step {step:,}")
@@ -591,7 +594,7 @@ def benchmark(settings: dict, steps: int) -> str:
     """
     run = Run(settings)
     trainer, options, config = Trainer([run]), run.options, run.model.config
-    cuda = run.sequences.device.type == "cuda"
+    cuda, lengths = run.sequences.device.type == "cuda", run.task.lengths
     h, d, m, v = config.n_heads * config.d_head, config.d_model, config.d_mlp, config.d_vocab
     layers = [(v, d)] + config.n_layers * (3 * [(d, h)] + [(h, d), (d, m), (m, d)]) + [(d, v)]
     source = torch.randn(4 * sum(p.numel() for p in run.parameters), device=options.device)
@@ -634,19 +637,19 @@ def benchmark(settings: dict, steps: int) -> str:
         }
 
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
-    bare = {length: products(length) for length in data.LENGTHS}
+    bare = {length: products(length) for length in lengths}
     if cuda and not options.no_graphs:
         trainer.capture()
     rounds: list[dict[str, float]] = []
-    for _ in range(3 + max(3, steps // len(data.LENGTHS))):
+    for _ in range(3 + max(3, steps // len(lengths))):
         spent: dict[str, float] = {}
-        for length in data.LENGTHS:
+        for length in lengths:
             for name, part in parts(length).items():
                 start = time.perf_counter()
                 part()
                 if cuda:
                     torch.cuda.synchronize()
-                spent[name] = spent.get(name, 0.0) + 1e3 * (time.perf_counter() - start) / len(data.LENGTHS)
+                spent[name] = spent.get(name, 0.0) + 1e3 * (time.perf_counter() - start) / len(lengths)
         # A copy moves 8 bytes a number; AdamW reads 16 and writes 12 for each of a quarter as many.
         spent["memory"] *= 28 / 32
         spent["step"] = sum(spent[name] for name in ("sampling", "forward", "backward", "AdamW"))
