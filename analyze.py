@@ -6,6 +6,8 @@
     python analyze.py --all --run runs/paper --out runs/paper/figures
     python analyze.py --seeds runs/seeds --out runs/seeds/figures    # every runs/seeds/seed_*, compared
     python analyze.py --seeds runs/seeds runs/gelu --out figures     # and settings beside one another
+    python analyze.py --tasks runs/tasks --out figures               # every runs/tasks/*: other recurrences
+    python analyze.py --depths runs/depths --out figures             # models of one, two and three layers
 
 In order: helpers and the Study (a model and the sequences it is studied on); the paper, section by section,
 each with its measures, claims and figures; what the model computes (ours); runs compared; the report and the
@@ -41,7 +43,7 @@ from torch import Tensor
 import data
 import interventions
 from data import FIRST_POSITION, MAX_LENGTH, MIN_LENGTH
-from model import Transformer, fold, load_file, load_weights, replacing, save_json
+from model import Transformer, fold, load_file, load_weights, replacing, save_json, settings_beside
 from train import CommandLine, whole_number
 
 POPULATION = 1000  # sequences of 14 inputs, as in the paper (section 4.5)
@@ -74,6 +76,7 @@ class Claim:
     figure: int
     unit: str  # of the values
     layers: int  # that a model must have for it
+    tasks: str  # for which it has a meaning: affine, rotating (those of sequences that may be rotated) or any
     find: Callable
 
     @property
@@ -85,6 +88,7 @@ class Claim:
 class Figure:
     title: str
     layers: int
+    tasks: str
     draw: Callable
 
     @property
@@ -96,21 +100,21 @@ CLAIMS: dict[str, Claim] = {}
 FIGURES: dict[int, Figure] = {}
 
 
-def claim(text: str, paper, figure: int, unit: str, layers: int = 1) -> Callable:
+def claim(text: str, paper, figure: int, unit: str, layers: int = 1, tasks: str = "affine") -> Callable:
     """Puts a function claim_NAME(study) -> Finding into CLAIMS as NAME."""
 
     def register(find: Callable) -> Callable:
-        CLAIMS[find.__name__.removeprefix("claim_")] = Claim(text, paper, figure, unit, layers, find)
+        CLAIMS[find.__name__.removeprefix("claim_")] = Claim(text, paper, figure, unit, layers, tasks, find)
         return find
 
     return register
 
 
-def figure(number: int, title: str, layers: int = 1) -> Callable:
+def figure(number: int, title: str, layers: int = 1, tasks: str = "affine") -> Callable:
     """Puts a function figure_NAME(study) -> matplotlib figure into FIGURES; it is drawn to figNN_NAME.png."""
 
     def register(draw: Callable) -> Callable:
-        FIGURES[number] = Figure(title, layers, draw)
+        FIGURES[number] = Figure(title, layers, tasks, draw)
         return draw
 
     return register
@@ -192,30 +196,37 @@ def ratio_interval(numerators: Tensor, denominators: Tensor, generator: torch.Ge
     return bootstrap(ratio + (numerators - ratio * denominators) / denominators.mean(), generator)
 
 
-def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
+def squared_errors(prediction: Tensor, target: Tensor, first: int = FIRST_POSITION) -> Tensor:
     """MSE of each sequence over the predictable positions, [batch, pos, d_vocab] -> [batch]: see data.mse."""
-    return ((prediction - target)[:, FIRST_POSITION:] ** 2).mean((1, 2))
+    return ((prediction - target)[:, first:] ** 2).mean((1, 2))
 
 
-def recent(x: Tensor, lag: int) -> Tensor:
-    """a_{n-lag} for n = 2 .., of inputs x: [batch, pos, d_vocab] -> [batch, pos - 2, d_vocab]."""
-    return x[:, FIRST_POSITION - lag : x.shape[1] - lag]
-
-
-def neighbours(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a_{n+1}, a_n and a_{n-1} for n = 2 .., of sequences a: [batch, pos, v] -> [batch, pos - 3, v] each."""
-    return a[:, FIRST_POSITION + 1 :], recent(a[:, :-1], 0), recent(a[:, :-1], 1)
+def neighbours(a: Tensor, first: int = FIRST_POSITION, count: int = 2) -> list[Tensor]:
+    """a_{n+1} and the `count` vectors a_n, a_{n-1}, .. for n = first .., of sequences a: [batch, pos, v] ->
+    [batch, pos - first - 1, v] each."""
+    return [a[:, first - lag : a.shape[1] - 1 - lag] for lag in range(-1, count)]
 
 
 class Study:
     """A trained model and what is measured on it more than once. Nothing is computed before it is asked for.
 
-    size: sequences in the population and in the test set, 0 for POPULATION. log: the run's log.csv.
+    size: sequences in the population and in the test set, 0 for POPULATION. log: the run's log.csv. task: the
+    name of what it was trained on.
     """
 
-    def __init__(self, transformer: Transformer, seed: int, size: int = 0, log: np.ndarray | None = None):
+    def __init__(
+        self,
+        transformer: Transformer,
+        seed: int,
+        size: int = 0,
+        log: np.ndarray | None = None,
+        task: str = "affine",
+    ):
         self.model = fold(transformer).requires_grad_(False)
         self.seed, self.size, self.log = seed, size or POPULATION, log
+        self.task_name, self.task = task, data.find_task(task)
+        self.kinds = {"any", *(["rotating"] if self.task.rotates else [])}
+        self.kinds |= {"affine"} if self.task is data.TASKS["affine"] else set()
         self.layers, self.heads = range(self.model.config.n_layers), range(self.model.config.n_heads)
         self.kept: dict[tuple, object] = {}  # what functions under @once found
 
@@ -223,8 +234,9 @@ class Study:
         """A random stream for each purpose, so that a number does not depend on what else is computed."""
         return torch.Generator().manual_seed(random.Random(f"{self.seed} {purpose}").getrandbits(62))
 
-    def sample(self, count: int, length: int, generator: torch.Generator, c_range=(-2.0, 2.0)) -> data.Sample:
-        return data.sample(count, length, generator, self.model.config.d_vocab, c_range)
+    def sample(self, count: int, length: int, generator: torch.Generator, c_range=(-2.0, 2.0), **options):
+        d_vocab = self.model.config.d_vocab
+        return data.sample(count, length, generator, d_vocab, c_range, self.task_name, **options)
 
     def draw(self, purpose: str, size: int, c_range: tuple[float, float] = (-2.0, 2.0)) -> data.Sample:
         return self.sample(min(size, self.size), MAX_LENGTH, self.generator(purpose), c_range)
@@ -232,7 +244,8 @@ class Study:
     @functools.cached_property
     def untrained(self) -> "Study":
         """The same study of a freshly initialised model, on fewer sequences."""
-        return Study(Transformer(self.model.config, self.generator("untrained")), self.seed, SMALL, self.log)
+        fresh = Transformer(self.model.config, self.generator("untrained"))
+        return Study(fresh, self.seed, SMALL, self.log, self.task_name)
 
     @functools.cached_property
     def exact(self) -> Transformer:
@@ -305,7 +318,7 @@ class Study:
             all_hooks = (hooks or {}) | fixed | interventions.record(kept or (), recorded)
             resid = self.test_activations[f"blocks.{layer}.hook_resid_pre"][part]
             output = (model or self.model).run_from(layer, resid, all_hooks)
-            errors.append(squared_errors(output, self.test.a[part, 1:]))
+            errors.append(squared_errors(output, self.test.a[part, 1:], self.task.first))
             for name, values in (kept or {}).items():
                 values.append(recorded[name])
         return torch.cat(errors)
@@ -336,9 +349,9 @@ def open_study(run: str, seed: int) -> Study:
         raise FileNotFoundError(
             f"there is no run folder {run}: give one with weights.pt and log.csv, such as weights"
         )
-    return Study(
-        load_weights(os.path.join(run, "weights.pt")), seed, log=read_log(os.path.join(run, "log.csv"))
-    )
+    weights = os.path.join(run, "weights.pt")
+    task = settings_beside(weights).get("task", "affine")
+    return Study(load_weights(weights), seed, log=read_log(os.path.join(run, "log.csv")), task=task)
 
 
 def read_log(path: str) -> np.ndarray:
@@ -442,51 +455,60 @@ C_BIN = 0.25  # width of the ranges of c in which errors are averaged
 PREDICTORS = {  # label and line of each of `predictor_errors`
     "zero": ("predicting 0", {"color": "0.75"}),
     "last vector": ("repeating the last vector", {"color": "0.5"}),
-    "best linear": ("best fixed linear predictor from 2 vectors", {"color": OTHER}),
-    "exact solver": ("exact solver on the last 3 vectors, float32", {"color": TRUTH}),
+    "best linear": ("best fixed linear predictor", {"color": OTHER}),
+    "exact solver": ("exact solver on the last vectors, float32", {"color": TRUTH}),
+    "two-step rule": ("two-step rule, which knows $c^2$ only", {"color": LENS, "ls": ":"}),
     "model": ("model", {"color": MODEL, "lw": 2}),
 }
 
 
-def predictor_errors(study: Study, a: Tensor) -> dict[str, Tensor]:
-    """Squared error of the model and of what to compare it with, mean over d_vocab: sequences a [batch, pos +
-    1, d_vocab] -> {name: [batch, pos - 2]}. The linear one has fixed coefficients, fitted to the
-    population."""
-    target, last, before = neighbours(a)
-    (beta, alpha), _ = regress(*neighbours(study.population.a))
-    predictions = {
-        "zero": torch.zeros_like(last),
-        "last vector": last,
-        "best linear": beta * last + alpha * before,
-        "exact solver": data.solve_recurrence(a[:, :-1]),
-        "model": torch.cat([study.model(x) for x in a[:, :-1].split(100)])[:, FIRST_POSITION:],
+def predictions(study: Study, a: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The targets of sequences a [batch, pos + 1, d_vocab] from the first that is determined on, and what the
+    model and others predict there, {name: [batch, pos - first, d_vocab]}.
+
+    The best linear predictor has fixed coefficients, fitted to the population, on as many vectors as
+    determine the next one.
+    """
+    first, task = study.task.first, study.task
+    coefficients, _ = regress(*neighbours(study.population.a, first, first + 1))
+    target, *known = neighbours(a, first, first + 1)
+    found = {
+        "zero": torch.zeros_like(target),
+        "last vector": known[0],
+        "best linear": sum(factor * x for factor, x in zip(coefficients, known)),
+        "exact solver": task.solve(a[:, :-1]),
+        "two-step rule": task.rule and task.rule(a[:, :-1]),
+        "model": torch.cat([study.model(x) for x in a[:, :-1].split(100)])[:, first:],
     }
-    return {name: ((prediction - target) ** 2).mean(-1) for name, prediction in predictions.items()}
+    return target, {name: value for name, value in found.items() if value is not None}
 
 
-@claim("MSE after training", 1e-4, 2, "MSE")
+def predictor_errors(study: Study, a: Tensor) -> dict[str, Tensor]:
+    """Squared errors of `predictions`, mean over d_vocab: {name: [batch, pos - first]}."""
+    target, found = predictions(study, a)
+    return {name: ((prediction - target) ** 2).mean(-1) for name, prediction in found.items()}
+
+
+@claim("MSE after training", 1e-4, 2, "MSE", tasks="any")
 def claim_mse(study: Study) -> Finding:
     """Mean over the lengths 3 to 14 of the MSE over the predictions of a_3 and later, weights of the last
     step, new sequences. At most 2e-4, twice the paper's value, since with a constant learning rate the MSE
     wanders by such a factor between evaluations; partly up to 1e-3."""
     per_length = max(1, HELD_OUT_PER_LENGTH * study.size // POPULATION)
-    samples = data.held_out(
-        per_length, study.generator("held out").initial_seed(), d_vocab=study.model.config.d_vocab
-    )
+    seed, d_vocab = study.generator("held out").initial_seed(), study.model.config.d_vocab
+    samples = data.held_out(per_length, seed, d_vocab=d_vocab, task=study.task_name)
     by_length = [predictor_errors(study, s.a) for s in samples]
     errors = torch.stack([each["model"].mean(1) for each in by_length])  # [lengths, sequences]
     measured = errors.mean()
-    fourteen = ((study.activations["output"] - study.population.a[:, 1:])[:, FIRST_POSITION:] ** 2).mean(-1)
+    first, lengths = study.task.first, study.task.lengths
+    fourteen = ((study.activations["output"] - study.population.a[:, 1:])[:, first:] ** 2).mean(-1)
     control = {
-        "by length, 3 to 14": errors.mean(1),
-        "14 inputs, by position 2 to 13": fourteen.mean(0),
+        f"by length, {lengths[0]} to {lengths[-1]}": errors.mean(1),
+        f"14 inputs, by position {first} to 13": fourteen.mean(0),
         "14 inputs, interval": bootstrap(fourteen.mean(1), study.generator("mse 14")),
-        **{
-            name: torch.stack([e[name].mean() for e in by_length]).mean()
-            for name in PREDICTORS
-            if name != "model"
-        },
     }
+    rivals = [name for name in by_length[0] if name != "model"]
+    control |= {name: torch.stack([e[name].mean() for e in by_length]).mean() for name in rivals}
     if study.log is not None:
         last = study.log["eval_mse"][-20:]
         control["last 20 evaluations of the log, lowest and highest"] = [last.min(), last.max()]
@@ -495,7 +517,7 @@ def claim_mse(study: Study) -> Finding:
     return Finding(measured, verdict(measured <= 2e-4, measured <= 1e-3), values, control, interval)
 
 
-@figure(2, "loss against step")
+@figure(2, "loss against step", tasks="any")
 def figure_loss(study: Study):
     canvas, axes = grid(1, 1, 8, 4, "Loss as a function of steps")
     log = study.log
@@ -512,8 +534,9 @@ def figure_loss(study: Study):
 
 def draw_errors(axes, x, errors: dict[str, Tensor], **options):
     """A line for each predictor, on a logarithmic axis."""
-    for name, (label, line) in PREDICTORS.items():
-        axes.semilogy(x, errors[name], label=label, **line, **options)
+    for name, values in errors.items():
+        label, line = PREDICTORS[name]
+        axes.semilogy(x, values, label=label, **line, **options)
 
 
 def draw_test_errors(study: Study, what: str, xlabel: str, x, reduce: Callable):
@@ -525,9 +548,9 @@ def draw_test_errors(study: Study, what: str, xlabel: str, x, reduce: Callable):
     return canvas
 
 
-@figure(19, "error by position, against what is possible (not in the paper)")
+@figure(19, "error by position, against what is possible (not in the paper)", tasks="any")
 def figure_errors_by_position(study: Study):
-    positions = range(FIRST_POSITION, MAX_LENGTH)
+    positions = range(study.task.first, MAX_LENGTH)
     xlabel = "position n, at which the next vector is predicted"
     return draw_test_errors(study, "position", xlabel, positions, lambda e: e.mean(0))
 
@@ -566,7 +589,7 @@ def figure_out_of_distribution(study: Study):
             for x in settings.values()
         ]
         draw_errors(
-            axes, list(settings), {name: [mean[name] / mean["zero"] for mean in means] for name in PREDICTORS}
+            axes, list(settings), {name: [mean[name] / mean["zero"] for mean in means] for name in means[0]}
         )
         low, high = min(settings), max(settings)
         axes.set(xlabel=xlabel, xlim=(low, high), xscale="log" if i > 1 else "linear")
@@ -620,7 +643,9 @@ def alternation(pattern: Tensor) -> dict[str, Tensor]:
     return {name: torch.stack(values).mean((0, 1)) for name, values in named.items()}
 
 
-@claim("layer 0 heads, all but one, attend to the previous vector", "7 of 8 heads", 3, "attention")
+@claim(
+    "layer 0 heads, all but one, attend to the previous vector", "7 of 8 heads", 3, "attention", tasks="any"
+)
 def claim_l0_prev_token(study: Study) -> Finding:
     """Attention from positions 1 to 13 to the one before, by head. More than half of the attention in all
     heads but at most one; partly in more than half of the heads."""
@@ -635,7 +660,7 @@ def claim_l0_prev_token(study: Study) -> Finding:
     )
 
 
-@claim("most layer 1 heads attend to the second vector", "most", 4, "attention", 2)
+@claim("most layer 1 heads attend to the second vector", "most", 4, "attention", 2, tasks="any")
 def claim_l1_second_token(study: Study) -> Finding:
     """Attention from positions 3 to 13 to position 1, by head. In more than half of the heads it is the most
     attended position, with at least twice what uniform attention gives; partly in more than a quarter of
@@ -688,7 +713,7 @@ def draw_patterns(patterns: Tensor, title: str, labels: Iterable[str]):
     return canvas
 
 
-@figure(3, "layer 0 attention patterns")
+@figure(3, "layer 0 attention patterns", tasks="any")
 def figure_attention_layer_0(study: Study):
     pattern = study.activations["blocks.0.attn.hook_pattern"]
     labels = (f"{score:.2f} to the previous" for score in previous_token_score(pattern))
@@ -697,7 +722,7 @@ def figure_attention_layer_0(study: Study):
     )
 
 
-@figure(4, "layer 1 attention patterns", layers=2)
+@figure(4, "layer 1 attention patterns", layers=2, tasks="any")
 def figure_attention_layer_1(study: Study):
     pattern = study.activations["blocks.1.attn.hook_pattern"]
     labels = (f"{score:.2f} to the second" for score in second_token_score(pattern))
@@ -786,14 +811,21 @@ def attributions(study: Study, hook: str) -> dict[str, Tensor]:
     }
 
 
-@claim("direct attribution: layer 0 > 0, layer 1 near 0, layer 2 < 0", "+, 0, -", 7, "dot product", 3)
+@claim(
+    "direct attribution: layer 0 > 0, layer 1 near 0, layer 2 < 0",
+    "+, 0, -",
+    7,
+    "dot product",
+    3,
+    tasks="any",
+)
 def claim_dla_sign(study: Study) -> Finding:
     """Mean over positions 2 to 13, ln_final on the head's output alone (the paper's reading), target a_{m+1};
     then the same for a_{m+1} - a_m. Averaged over the heads layer 0 is positive, layer 2 negative and layer 1
     at most a quarter of the largest, for both targets; partly if layer 0 is positive and layer 2 negative for
     both."""
     found = attributions(study, "attn.hook_result")
-    by_head = {name: value[..., FIRST_POSITION:].mean(-1) for name, value in found.items()}
+    by_head = {name: value[..., study.task.first :].mean(-1) for name, value in found.items()}
     by_layer = {name: value.mean(1) for name, value in by_head.items()}
     both = [by_layer["paper, next"], by_layer["paper, step"]]
     signs = all(layers[0] > 0 > layers[2] for layers in both)
@@ -804,17 +836,17 @@ def claim_dla_sign(study: Study) -> Finding:
     return Finding(by_head["paper, next"], verdict(signs and silent, signs), values, control)
 
 
-@figure(7, "direct logit attribution of the heads")
+@figure(7, "direct logit attribution of the heads", tasks="any")
 def figure_head_attribution(study: Study):
     title = "Direct logit attribution of the heads to the next vector"
     canvas, panels = grid(2, 2, 10, 7.5, title, height_ratios=[1, 2.6])
     found = attributions(study, "attn.hook_result")
     for (top, bottom), (name, title) in zip(panels.T, READINGS.items()):
         by_position = found[name]  # [layer, head, pos]
-        mean, rows = by_position[..., FIRST_POSITION:].mean(-1), by_position.flatten(0, 1)
+        mean, rows = by_position[..., study.task.first :].mean(-1), by_position.flatten(0, 1)
         canvas.colorbar(heat(top, mean, mean.abs().max()), ax=top, label="dot product")
         top.set(
-            title=f"{title}\nmean over positions {FIRST_POSITION} to {MAX_LENGTH - 1}",
+            title=f"{title}\nmean over positions {study.task.first} to {MAX_LENGTH - 1}",
             xlabel="head",
             ylabel="layer",
         )
@@ -910,7 +942,7 @@ def layer_0_adds(study: Study, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Slope, intercept and R^2 of the residual stream after layer 0, unembedded, against a_{n-1}, where that
     has norm at least 1: a line for each n >= 2 of the sequences a [batch, pos + 1, d_vocab]."""
     resid = study.record(a[:, :-1], "blocks.0.hook_resid_post")["blocks.0.hook_resid_post"]
-    before = recent(a[:, :-1], 1)
+    before = neighbours(a)[2]
     large = before.norm(dim=-1) >= 1
     return fit_line(before[large], (resid @ study.model.unembed.W_U)[:, FIRST_POSITION:][large])
 
@@ -930,7 +962,7 @@ def ov_control(study: Study, part: int) -> dict:
     }
 
 
-@claim("layer 0 OV is linear on residual stream vectors: R^2", 0.83, 8, "R^2")
+@claim("layer 0 OV is linear on residual stream vectors: R^2", 0.83, 8, "R^2", tasks="any")
 def claim_l0_ov_r2(study: Study) -> Finding:
     """Median over vectors of norm at least 1 of the R^2 of (a_d, (ln1(x) OV W_U)_d), OV summed over heads.
     Nearly linear: at least the paper's value less 0.1; partly if at least 0.5."""
@@ -944,7 +976,7 @@ def claim_l0_ov_r2(study: Study) -> Finding:
     return Finding(measured, verdict(measured >= 0.73, measured >= 0.5), values, control, interval)
 
 
-@claim("its slope", [2.1, 2.5], 8, "slope")
+@claim("its slope", [2.1, 2.5], 8, "slope", tasks="any")
 def claim_l0_ov_slope(study: Study) -> Finding:
     """Median slope over the same vectors. Within 2.1 to 2.5; partly within a factor of two of that."""
     owners = large_vectors(study).nonzero()[:, 0]
@@ -955,7 +987,7 @@ def claim_l0_ov_slope(study: Study) -> Finding:
     return Finding(measured, how, values, control, median_interval(slope, owners, study.generator("slope")))
 
 
-@claim("its intercept", "near 0", 8, "intercept / root mean square")
+@claim("its intercept", "near 0", 8, "intercept / root mean square", tasks="any")
 def claim_l0_ov_intercept(study: Study) -> Finding:
     """Intercepts over the same vectors, relative to the root mean square of (ln1(x) OV W_U)_d. At most a
     tenth in 95% of the vectors; partly if so on average. (In d_model coordinates it is 0 by construction on a
@@ -972,7 +1004,7 @@ def claim_l0_ov_intercept(study: Study) -> Finding:
     )
 
 
-@claim("the same R^2 on random vectors, lower", 0.598, 10, "R^2")
+@claim("the same R^2 on random vectors, lower", 0.598, 10, "R^2", tasks="any")
 def claim_l0_ov_r2_random(study: Study) -> Finding:
     """Median R^2 of (x W_E^+, ln1(x) OV W_U) over Gaussian vectors x in R^d_model. Lower than that of
     residual stream vectors by at least 0.1, and still at least 0.25, a visible correlation; partly if only
@@ -989,7 +1021,9 @@ def claim_l0_ov_r2_random(study: Study) -> Finding:
     return Finding(measured, verdict(lower and visible, lower or visible), values, control, interval)
 
 
-@claim("share of the norm of layer 0's OV x outside the span of W_E", 0.8415, 9, "share of the norm")
+@claim(
+    "share of the norm of layer 0's OV x outside the span of W_E", 0.8415, 9, "share of the norm", tasks="any"
+)
 def claim_l0_orthogonal(study: Study) -> Finding:
     """Mean over residual stream vectors, OV summed over heads. Within 0.05 of 0.8415, and above what a random
     direction has, since a share below that would say that the circuit prefers the embedding space; partly if
@@ -1045,7 +1079,7 @@ def figure_ov_layer_0_resid(study: Study):
     return canvas
 
 
-@figure(9, "sum of the OV circuits of layer 0")
+@figure(9, "sum of the OV circuits of layer 0", tasks="any")
 def figure_ov_layer_0_sum(study: Study):
     resid, full = ov_circuit(study.model, 0).sum(0), full_ov_circuit(study.model, 0).sum(0)
     canvas, panels = grid(1, 2, 10, 4.6, "Sum of the OV circuits over all heads of layer 0")
@@ -1060,7 +1094,7 @@ def figure_ov_layer_0_sum(study: Study):
     return canvas
 
 
-@figure(10, "OV of layer 0 on a random vector")
+@figure(10, "OV of layer 0 on a random vector", tasks="any")
 def figure_ov_layer_0_random(study: Study):
     canvas, panels = grid(1, 2, 10, 3.8, "OV of layer 0 (heads summed) on a random vector")
     names = ("$(x\\,W_E^+)_d$", "$(\\ln_1(x)\\;OV\\;W_U)_d$")
@@ -1126,7 +1160,7 @@ def head_ablations(study: Study, values: dict[str, Tensor]) -> Tensor:
     return torch.tensor(means) / study.baseline[:HEAD_ABLATION].mean()
 
 
-@claim("MSE with all layer 1 heads mean-ablated, from 1e-4", 2e-4, 4, "MSE / unchanged", 2)
+@claim("MSE with all layer 1 heads mean-ablated, from 1e-4", 2e-4, 4, "MSE / unchanged", 2, tasks="any")
 def claim_l1_mean_ablation(study: Study) -> Finding:
     """Means at each position over the population, MSE on other sequences. All heads of layer 1 at once
     multiply it by at most 4 (the paper's factor is 2); partly if only in one of the two other readings, every
@@ -1146,7 +1180,7 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
     return Finding(errors.mean(), how, values, control, bootstrap(errors, study.generator("mean ablation")))
 
 
-@claim("OV of layer 1 head 0 has low effective rank", "low", 11, "effective rank", 2)
+@claim("OV of layer 1 head 0 has low effective rank", "low", 11, "effective rank", 2, tasks="any")
 def claim_l1_ov_effective_rank(study: Study) -> Finding:
     """Participation ratio of the singular values. At most half of what an untrained head has; partly if at
     least a tenth less than that and less than the mean of the last layer."""
@@ -1188,7 +1222,7 @@ def draw_circuit(circuits: Tensor, title: str, xlabel: str, ylabel: str):
 WRITTEN_READ = ("written residual stream dimension", "read residual stream dimension")
 
 
-@figure(11, "OV of layer 1 head 0", layers=2)
+@figure(11, "OV of layer 1 head 0", layers=2, tasks="any")
 def figure_ov_layer_1(study: Study):
     ov = ov_circuit(study.model, 1)
     title = f"OV circuits of layer 1; head 0 has effective rank {effective_rank(ov[0]):.1f}"
@@ -1236,7 +1270,7 @@ def identity_finding(study: Study, circuit: Callable, full_circuit: Callable, si
     return Finding(cosines[2], verdict(heads == n_heads, heads > n_heads / 2), values, control)
 
 
-@claim("OV is like -I in every layer 2 head", "yes", 12, "cosine with I", 3)
+@claim("OV is like -I in every layer 2 head", "yes", 12, "cosine with I", 3, tasks="any")
 def claim_l2_ov_identity(study: Study) -> Finding:
     """Cosine between W_V W_O and I. At most -0.25 in every head, which is where the diagonal of a 128 x 128
     matrix stands three standard deviations out from the other entries, a stripe; partly in more than half of
@@ -1244,19 +1278,19 @@ def claim_l2_ov_identity(study: Study) -> Finding:
     return identity_finding(study, ov_circuit, full_ov_circuit, -1)
 
 
-@claim("QK is like +I in every layer 2 head", "yes", 13, "cosine with I", 3)
+@claim("QK is like +I in every layer 2 head", "yes", 13, "cosine with I", 3, tasks="any")
 def claim_l2_qk_identity(study: Study) -> Finding:
     """Cosine between W_Q W_K^T and I. At least 0.25 in every head, where the diagonal is a stripe; partly in
     more than half of them."""
     return identity_finding(study, qk_circuit, full_qk_circuit, +1)
 
 
-@figure(12, "OV of layer 2 head 0", layers=3)
+@figure(12, "OV of layer 2 head 0", layers=3, tasks="any")
 def figure_ov_layer_2(study: Study):
     return draw_circuit(ov_circuit(study.model, 2), "OV circuits of layer 2", *WRITTEN_READ)
 
 
-@figure(13, "QK of layer 2 head 0", layers=3)
+@figure(13, "QK of layer 2 head 0", layers=3, tasks="any")
 def figure_qk_layer_2(study: Study):
     names = ("source residual stream dimension", "destination residual stream dimension")
     return draw_circuit(qk_circuit(study.model, 2), "QK circuits of layer 2", *names)
@@ -1328,7 +1362,7 @@ def figure_lens_after_layer_0(study: Study):
     return canvas
 
 
-@claim("OV eigenvalue scores: layer 2 copies negatively", "layer 2 negative", 15, "score", 3)
+@claim("OV eigenvalue scores: layer 2 copies negatively", "layer 2 negative", 15, "score", 3, tasks="any")
 def claim_eigenvalue_score(study: Study) -> Finding:
     """sum(lambda) / sum(|lambda|) of W_V W_O, by layer and head. At most -0.5 in every head of layer 2;
     partly if the mean of layer 2 is negative and more than half of its heads are."""
@@ -1339,7 +1373,7 @@ def claim_eigenvalue_score(study: Study) -> Finding:
     return Finding(scores, verdict((scores[2] <= -0.5).all(), most), values, control)
 
 
-@figure(15, "OV eigenvalue scores")
+@figure(15, "OV eigenvalue scores", tasks="any")
 def figure_eigenvalue_scores(study: Study):
     canvas, panels = grid(1, 2, 10, 2.8, "Eigenvalue scores of the OV circuits")
     both = ov_eigenvalue_scores(study.model), full_eigenvalue_scores(study.model)
@@ -1352,7 +1386,7 @@ def figure_eigenvalue_scores(study: Study):
     return canvas
 
 
-@claim("MSE with QK of layer 2 heads 0-4 a random pseudoinverse", 1e-4, 13, "MSE / unchanged", 3)
+@claim("MSE with QK of layer 2 heads 0-4 a random pseudoinverse", 1e-4, 13, "MSE / unchanged", 3, tasks="any")
 def claim_l2_qk_pinv(study: Study) -> Finding:
     """W_Q random and W_K^T its pseudoinverse, b_Q and b_K 0, mean over random W_Q. At most 1.5 times the
     unchanged MSE (the paper's 1e-4 stays 1e-4), and attention that knows nothing, uniform or of random W_Q
@@ -1393,23 +1427,29 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
 # 4.7 Analysis of MLPs
 
 
-@claim("the MLPs push in the right direction mainly at the last positions", "Figure 16", 16, "dot product")
+@claim(
+    "the MLPs push in the right direction mainly at the last positions",
+    "Figure 16",
+    16,
+    "dot product",
+    tasks="any",
+)
 def claim_mlp_dla(study: Study) -> Finding:
     """[layer][position], ln_final on the MLP's output alone, target a_{m+1}. Summed over layers positive at
     positions 11, 12 and 13 and there on average more than twice as large as at positions 2 to 10; partly if
     positive and larger."""
     found = attributions(study, "hook_mlp_out")
     total = found["paper, next"].sum(0)
-    late, early = total[-3:].mean(), total[FIRST_POSITION:-3].mean()
+    late, early = total[-3:].mean(), total[study.task.first : -3].mean()
     values = {"positions 11-13": late, "positions 2-10": early}
-    control = {"standard reading, by layer": found["standard, next"][:, FIRST_POSITION:].mean(1)}
+    control = {"standard reading, by layer": found["standard, next"][:, study.task.first :].mean(1)}
     length = study.population.a[:, 1:].norm(dim=-1).mean(0)
-    control["length of the targets, late / early"] = length[-3:].mean() / length[FIRST_POSITION:-3].mean()
+    control["length of the targets, late / early"] = length[-3:].mean() / length[study.task.first : -3].mean()
     how = verdict(total[-3:].min() > 0 and late > 2 * early, late > 0 and late > early)
     return Finding(found["paper, next"], how, values, control)
 
 
-@figure(16, "direct logit attribution of the MLPs")
+@figure(16, "direct logit attribution of the MLPs", tasks="any")
 def figure_mlp_attribution(study: Study):
     canvas, panels = grid(
         1, 2, 10, 3.8, "Direct logit attribution of the MLPs to the next vector, by position"
@@ -1421,7 +1461,7 @@ def figure_mlp_attribution(study: Study):
         if name == "standard, next":
             axes.plot(heads[name].sum((0, 1)), color="0.6", ls="--", label="all heads together")
         axes.axhline(0, color="0.8", zorder=0)
-        axes.axvspan(-0.5, FIRST_POSITION - 0.5, color="0.95", zorder=0)
+        axes.axvspan(-0.5, study.task.first - 0.5, color="0.95", zorder=0)
         axes.set(
             title=title, xlabel="position (grey: the next vector cannot be known yet)", ylabel="dot product"
         )
@@ -1536,28 +1576,30 @@ class Weights:
 
 
 @once
-def read_weights(study: Study, c: float, length: int = MAX_LENGTH) -> Weights:
-    """Source weights at one c; c and -c get the same a_0 and d, but for their normalisation."""
-    generator, count = study.generator(f"weights {abs(c)}"), max(1, PER_C * study.size // POPULATION)
-    drawn = study.sample(count, length, generator, (c, c))
-    a, d = [drawn.a[:, 0].double()], drawn.d.double()
-    for _ in range(length):  # again in float64, so that the sequence lies in a plane there too
-        a.append(c * a[-1] + d)
-    sample = data.Sample(torch.stack(a, 1), drawn.c.double(), d)
-    x = sample.a[:, :-1]
-    first, second = (source_weights(study.exact, x, v) for v in off_plane(x, generator, 2))
-    w, output = (first + second) / 2, study.exact(x)[:, FIRST_POSITION:]
-    left = output - torch.einsum("bns,bsv->bnv", w, x)[:, FIRST_POSITION:]
-    spread = ((first - second).pow(2).mean() / 2 / w.pow(2).mean()).sqrt()
+def read_weights(
+    study: Study, c: float | None = None, length: int = MAX_LENGTH, count: int = PER_C
+) -> Weights:
+    """Source weights of `count` sequences (fewer in a small study) at one c, or drawn as in training; c and -c
+    get the same a_0 and d, but for their normalisation."""
+    generator, count = study.generator(f"weights {abs(c or 0)}"), max(1, count * study.size // POPULATION)
+    c_range = (-2.0, 2.0) if c is None else (c, c)
+    sample = study.sample(count, length, generator, c_range, dtype=torch.float64)
+    x, first = sample.a[:, :-1], study.task.first
+    one, other = (source_weights(study.exact, x, v) for v in off_plane(x, generator, 2))
+    w, output = (one + other) / 2, study.exact(x)[:, first:]
+    left = output - torch.einsum("bns,bsv->bnv", w, x)[:, first:]
+    spread = ((one - other).pow(2).mean() / 2 / w.pow(2).mean()).sqrt()
     return Weights(sample, w, spread.item(), 1 - (left.pow(2).sum() / output.pow(2).sum()).item())
 
 
-def strides(w: Tensor, c: float) -> tuple[Tensor, Tensor]:
+def strides(w: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor]:
     """With a_s = a* + c^s u the prediction holds (A c^{n-1} + B c^n) u, A from the sources at the parity of n
     - 1 and B from those at the parity of n; c^{n+1} is right. w [..., dest, src] -> A / c^2 and B / c, [...,
-    dest]: a two-step rule has 1 and 0, a one-step rule 0 and 1."""
+    dest]: a two-step rule has 1 and 0, a one-step rule 0 and 1. c: one for all, or a tensor [...], which may
+    be complex: where a_s = a* + sum_i c_i^s u_i, each root c_i has its own A and B."""
     n = torch.arange(w.shape[-1], dtype=w.dtype)
-    parts = w * float(c) ** (n - n[:, None] - 1)
+    c = c[..., None, None] if isinstance(c, Tensor) else float(c)
+    parts = w * c ** (n - n[:, None] - 1)
     other_parity = (n[:, None] - n) % 2 == 1
     return (parts * other_parity).sum(-1), (parts * ~other_parity).sum(-1)
 
@@ -1576,13 +1618,19 @@ def claim_source_weights(study: Study) -> Finding:
     return Finding(explained, verdict(usual.min() >= 0.95, usual.min() >= 0.8), values, control)
 
 
+def strong_strides(study: Study) -> tuple[dict[float, Tensor], Tensor, Tensor]:
+    """Source weights where |c| is 0.9 to 2, {c: w}, and A / c^2 and B / c of each, [c, dest]."""
+    chosen = {c: found.w for c, found in study.weights.items() if abs(c) >= 0.9}
+    A, B = (torch.stack([strides(w, c)[i].mean(0) for c, w in chosen.items()]) for i in (0, 1))
+    return chosen, A, B
+
+
 @claim("two steps at once: A is c^2 and B is 0 for |c| from 0.9 to 2", None, 22, "share of a_{n+1} - a*")
 def claim_two_steps(study: Study) -> Finding:
     """A / c^2 and B / c (see `strides`), mean over |c| from 0.9 to 2, both signs and positions 5 to 13. A /
     c^2 differs from 1 on average, in absolute value, by at most 0.15 and B / c from 0 too; partly if at most
     0.3 each. A one-step rule has 0 and 1."""
-    chosen = {c: found.w for c, found in study.weights.items() if abs(c) >= 0.9}
-    A, B = (torch.stack([strides(w, c)[i].mean(0) for c, w in chosen.items()]) for i in (0, 1))  # [c, dest]
+    chosen, A, B = strong_strides(study)
     off_A, off_B = (A[:, 5:] - 1).abs().mean(), B[:, 5:].abs().mean()
     control = {"mean |A / c^2 - 1|": off_A, "mean |B / c|": off_B}
     control |= {"A / c^2, position 2 to 13": A[:, 2:].mean(0), "B / c, position 2 to 13": B[:, 2:].mean(0)}
@@ -1679,6 +1727,26 @@ def component_weights(study: Study, c: float) -> tuple[list[str], Tensor, Tensor
     return names, source_weights(contributions, x, v), whole.w[:2]
 
 
+TAKEN_AT = (1.2, 1.5, 1.8)  # |c|
+
+
+@once
+def factors_by_component(study: Study) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the heads of each layer, and everything else, do to a* and to the growing part of a sequence,
+    {component: (factors on a*, shares of the growing part)}, each [|c| in TAKEN_AT], mean over both signs and
+    positions 5 to 13: the sum of the component's weights, and A / c^2 + B / c of them alone."""
+    names = [f"heads of layer {l}" for l in study.layers] + ["MLPs and embedding"]
+    found = []
+    for c in (sign * size for size in TAKEN_AT for sign in (1, -1)):
+        parts, w, _ = component_weights(study, c)
+        groups = [torch.tensor([part.startswith(f"head {l}.") for part in parts]) for l in study.layers]
+        groups.append(~torch.stack(groups).any(0))
+        w = torch.stack([w[..., group].sum(-1) for group in groups])  # [group, sequence, dest, src]
+        found.append(torch.stack([w.sum(-1), sum(strides(w, c))])[..., 5:].mean((2, 3)))
+    means = torch.stack(found).unflatten(0, (-1, 2)).mean(1).movedim(0, -1)  # [2, group, |c|]
+    return dict(zip(names, means.unbind(1)))
+
+
 @claim("layer 2's heads take off what is too much of the fixed point", None, 23, "factor on a*", 3)
 def claim_subtraction(study: Study) -> Finding:
     """The sum of all weights is the factor on a*, and must be 1; the two-step rule has c^2 from a_{n-1} and
@@ -1686,27 +1754,15 @@ def claim_subtraction(study: Study) -> Finding:
     |c| layer 2's heads have a negative sum between half and twice 1 - c^2, and remove at least half of the
     excess over 1 that the rest leaves; partly if only the second. Beside it what they take off the growing
     part, (A / c^2 + B / c) of their weights alone: 0 if they take off the fixed point only."""
-    sizes, fixed, growing = (1.2, 1.5, 1.8), [], []
-    for size in sizes:
-        for c in (size, -size):
-            names, w, _ = component_weights(study, c)
-            groups = [torch.tensor([name.startswith(f"head {l}.") for name in names]) for l in study.layers]
-            groups.append(~torch.stack(groups).any(0))
-            parts = torch.stack([w[..., group].sum(-1) for group in groups])  # [group, sequence, dest, src]
-            fixed.append(parts.sum(-1)[..., 5:].mean((1, 2)))
-            growing.append(sum(strides(parts, c))[..., 5:].mean((1, 2)))
-    fixed, growing = (
-        torch.stack(each).reshape(3, 2, -1).mean(1).T for each in (fixed, growing)
-    )  # [group, |c|]
-    heads, rest, needed = fixed[2], fixed.sum(0) - fixed[2], 1 - torch.tensor(sizes).double() ** 2
+    found = factors_by_component(study)
+    heads, total = found["heads of layer 2"][0], sum(fixed for fixed, _ in found.values())
+    rest, needed = total - heads, 1 - torch.tensor(TAKEN_AT).double() ** 2
     removes = (heads < 0).all() and ((rest + heads - 1).abs() <= 0.5 * (rest - 1).abs()).all()
     right_size = ((heads / needed >= 0.5) & (heads / needed <= 2)).all()
-    control = {"needed, 1 - c^2": needed, "everything: should be 1": fixed.sum(0)}
-    for name, a, b in zip(
-        (*(f"heads of layer {l}" for l in study.layers), "MLPs and embedding"), fixed, growing
-    ):
-        control |= {f"{name}: factor on a*": a, f"{name}: share of the growing part": b}
-    values = {f"|c| = {size}": value for size, value in zip(sizes, heads)}
+    control = {"needed, 1 - c^2": needed, "everything: should be 1": total}
+    for name, (fixed, growing) in found.items():
+        control |= {f"{name}: factor on a*": fixed, f"{name}: share of the growing part": growing}
+    values = {f"|c| = {size}": value for size, value in zip(TAKEN_AT, heads)}
     return Finding(heads, verdict(removes and right_size, removes), values, control)
 
 
@@ -1883,6 +1939,37 @@ def claim_interleaved(study: Study) -> Finding:
     return Finding(model["interleaved"], verdict(follows and fails, follows), values, control, interval)
 
 
+@claim("where the two-step rule errs the model errs alike", None, 21, "share of the model's squared error")
+def claim_rule_errors(study: Study) -> Finding:
+    """1 - |model - rule|^2 / |model - truth|^2, the share of the model's error that `data.two_step_rule` makes
+    too, positions 4 to 13. On recurrences the rule is exact, also on longer, larger and smaller ones, and
+    foretells no error. It errs with noise on the inputs (standard deviation 0.01, the last prediction only),
+    on two fixed points and on two growths, |c| from 1.2 to 2. At least half on all three; partly on two."""
+    g, count = study.generator("rule"), min(EXAMPLES, study.size)
+    a, longest = study.sample(count, MAX_LENGTH, g).a, min(2 * MAX_LENGTH, study.model.config.n_ctx)
+    c = data.uniform(g, 1.2, 2, count) * (1 - 2 * (torch.arange(count) % 2))
+    noise = 0.01 * torch.randn(a.shape, generator=g)
+    noise[:, -1] = 0  # the last vector is the target
+    shown = {"recurrences": a, f"of {longest} inputs": study.sample(count, longest, g).a}
+    shown |= {"half as large": a / 2, "twice as large": 2 * a, "noise": a + noise}
+    shown |= data.interleaved(MAX_LENGTH, c, g, study.model.config.d_vocab)
+    shares, control = {}, {}
+    for name, x in shown.items():
+        target, found = predictions(study, x)
+        found["truth"], part = target, slice(-1 if name == "noise" else 4 - study.task.first, None)
+        between = lambda one, other: (found[one] - found[other])[:, part].pow(2).sum()
+        left = [between(which, "truth") / between("zero", "truth") for which in ("model", "two-step rule")]
+        shares[name], linear = (
+            1 - between(which, "two-step rule") / between(which, "truth")
+            for which in ("model", "best linear")
+        )
+        names = "unexplained by model, by rule; share of the model's error, of best linear's"
+        control[f"{name}: {names}"] = [*left, shares[name], linear]
+    values = {name: shares[name] for name in ("noise", "two fixed points", "two growths")}
+    alike = sum(share >= 0.5 for share in values.values())
+    return Finding(list(values.values()), verdict(alike == 3, alike == 2), values, control)
+
+
 @figure(25, "interleaved sequences (ours)")
 def figure_interleaved(study: Study):
     canvas, panels = grid(
@@ -2003,6 +2090,164 @@ def figure_knob(study: Study):
     panels[1].set(xlabel="norm of $a_1$", ylabel="attention of layer 1 to position 1")
     panels[1].set_title("at position 6, mean over heads, a dot a sequence")
     return canvas
+
+
+@figure(27, "how large the weight of each source is (ours)", tasks="rotating")
+def figure_weight_sizes(study: Study):
+    weights = read_weights(study, None, MAX_LENGTH, WHOLE)
+    title = (
+        f"Source weights of {study.task_name} sequences, which explain {weights.explained:.1%} of the output"
+    )
+    canvas, panels = grid(1, 2, 10, 4.2, title)
+    size, mean = weights.w.pow(2).mean(0).sqrt(), weights.w.mean(0)
+    for axes, matrix, name in zip(panels, (size, mean), ("root mean square", "mean")):
+        canvas.colorbar(heat(axes, matrix, size.max().item()), ax=axes, label="weight $w_s$")
+        axes.set(title=f"{name} over {len(weights.w)} sequences", xlabel="source s", ylabel="position n")
+    return canvas
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tasks and depths: runs that differ in what they learn, or in how much transformer they have
+
+WHOLE = 40  # sequences for source weights where there is no c to choose
+
+
+def root_strides(weights: Weights) -> dict[str, float]:
+    """Whether a linear recurrence is continued from its last steps or in strides of two: {..: mean}, or {}.
+
+    a_s = a* + sum_i z_i^s u_i over the roots z_i of the characteristic polynomial. For the largest one, where
+    it is 1.1 or more, A / z^2 of `strides` is 1 if the model goes in strides of two, and the sum of c_i z^-i
+    over even i if it uses a_n, a_{n-1}, .. as the recurrence does. Positions 6 to 13.
+    """
+    c = weights.sample.c.reshape(len(weights.w), -1)
+    below = torch.eye(c.shape[1], dtype=c.dtype)[:-1].expand(len(c), -1, -1)
+    roots = torch.linalg.eigvals(torch.cat([c[:, None], below], 1))
+    z = roots.gather(1, roots.abs().argmax(1, keepdim=True))[:, 0]
+    grows = z.abs() >= 1.1
+    if not grows.any():
+        return {}
+    z, A, B = z[grows], *(part[:, 6:] for part in strides(weights.w[grows], z[grows]))
+    powers = z[:, None] ** -torch.arange(1.0, c.shape[1] + 1)
+    last = (c[grows] * powers)[:, 1::2].sum(1, keepdim=True)
+    found = {"A / z^2 + B / z (right: 1)": (A + B).real, "A / z^2 is off strides of two by": (A - 1).abs()}
+    found["A / z^2 is off the last steps by"] = (A - last).abs()
+    found["these two differ by"] = (last - 1).abs()
+    return {name: value.mean() for name, value in found.items()}
+
+
+def task_results(study: Study) -> dict:
+    """How well a task is learnt, and by which weights. It is learnt with an error of at most a tenth of what
+    repeating the last vector or predicting 0 leaves, whichever is less, and partly with less than that."""
+    errors = predictor_errors(study, study.test.a)
+    mean = {name: e.mean() for name, e in errors.items()}
+    simple = min(mean["zero"], mean["last vector"])
+    learnt = "yes" if mean["model"] <= simple / 10 else "partly" if mean["model"] < simple else "no"
+    found = {"task": study.task_name, "first position": study.task.first, "learnt": learnt}
+    found |= {f"MSE, {name}": value for name, value in mean.items()}
+    if study.task.rotates:
+        weights = read_weights(study, None, MAX_LENGTH, WHOLE)
+        found["explained by source weights"] = weights.explained
+        found["how far they differ between directions, relative"] = weights.spread
+        found |= root_strides(weights)
+    return found | {"by position": {name: e.mean(0) for name, e in errors.items()}}
+
+
+def figure_tasks(runs: dict[str, dict]):
+    """Error by position, a panel for each of `task_results`."""
+    rows = -(-len(runs) // 4)
+    title = "Other recurrences: error by position n, at which the next vector is predicted"
+    canvas, panels = grid(rows, 4, 11, 0.8 + 2.5 * rows, title, sharey=True, squeeze=False)
+    for axes, found in zip(panels.flat, runs.values()):
+        first, errors = found["first position"], found["by position"]
+        draw_errors(axes, range(first, MAX_LENGTH), errors, marker=".")
+        share = found["MSE, model"] / found["MSE, zero"]
+        axes.set(title=f"{found['task']}: {share:.1%} unexplained", ylim=(1e-9, 10), xlim=(0, MAX_LENGTH))
+    for axes in panels.flat[len(runs) :]:
+        axes.axis("off")
+    canvas.supylabel("mean squared error", fontsize=9)
+    canvas.legend(*draw_legend(panels), loc="outside lower center", ncols=3)
+    return canvas
+
+
+def draw_legend(panels) -> tuple[list, list]:
+    """Lines and labels of all panels, each label once."""
+    lines = {}
+    for axes in panels.flat:
+        lines |= dict(zip(*axes.get_legend_handles_labels()[::-1]))
+    return list(lines.values()), list(lines)
+
+
+def depth_results(study: Study) -> dict:
+    """Which parts a model of any depth has: copy (A and B), gain (what a clean final scale mends of an
+    ablation), subtraction (factors on a*); and its error."""
+    errors, (_, A, B) = predictor_errors(study, study.test.a), strong_strides(study)
+    bins = (study.test.c.abs() / C_BIN).long()
+    found = {"layers": len(study.layers), "MSE, all lengths": claim_mse(study).measured}
+    found |= {"MSE, 14 inputs": errors["model"].mean(), "A / c^2": A[:, 5:].mean(), "B / c": B[:, 5:].mean()}
+    found["explained by source weights"] = np.mean([w.explained for w in study.weights.values()])
+    for name, arms in ablations(study).items():
+        ablated, held = (arms[kind].mean() / study.baseline.mean() for kind in ("mean", "mean, clean scale"))
+        found[f"{name} ablated, and with the clean scale: MSE / unchanged"] = [ablated, held]
+    for name, (fixed, _) in factors_by_component(study).items():
+        found[f"{name}: factor on a* at |c| = {', '.join(map(str, TAKEN_AT))}"] = fixed
+    found["interleaved: unexplained share"] = unexplained(interleaved_errors(study, 1.2, 2.0))["interleaved"][
+        "model"
+    ]
+    found["by position"] = errors["model"].mean(0)
+    return found | {"by |c|": [errors["model"][bins == b].mean() for b in range(int(2 / C_BIN))]}
+
+
+def figure_depths(runs: dict[str, dict]):
+    """Errors and ablations, a line for each of `depth_results`."""
+    canvas, panels = grid(1, 3, 11, 3.8, "How much transformer does it take?")
+    for i, found in enumerate(runs.values()):
+        line = {"color": LAYER_COLORS[i % 3], "marker": ".", "label": f"{found['layers']} layers"}
+        panels[0].semilogy(range(FIRST_POSITION, MAX_LENGTH), found["by position"], **line)
+        panels[1].semilogy(np.arange(0, 2, C_BIN) + C_BIN / 2, found["by |c|"], **line)
+        arms = {name.split(" ablated")[0]: value for name, value in found.items() if " ablated" in name}
+        y = [2 * int(name[6]) + ("MLP" in name) + 0.2 * i for name in arms]
+        ablated, held = zip(*arms.values())
+        panels[2].hlines(y, ablated, held, color=line["color"], lw=1)
+        panels[2].plot(ablated, y, "o", color=line["color"], ms=5)
+        panels[2].plot(held, y, "o", color=line["color"], ms=5, mfc="white")
+    deepest = max(runs.values(), key=lambda found: found["layers"])["layers"]
+    names = [f"{l} {what}" for l in range(deepest) for what in ("heads", "MLP")]
+    panels[2].set_yticks(np.arange(len(names)) + 0.2, names)
+    panels[2].set(xscale="log", xlabel="MSE / unchanged", title="mean-ablated; hollow: with the clean scale")
+    panels[2].invert_yaxis()
+    panels[0].set(xlabel="position", ylabel="mean squared error", title="by position")
+    panels[1].set(xlabel="|c|", title="by |c|")
+    panels[0].legend()
+    return canvas
+
+
+SURVEYS = {"tasks": (task_results, figure_tasks), "depths": (depth_results, figure_depths)}
+
+
+def survey(kind: str, folder: str, seed: int, out: str):
+    """Measure every run in `folder`/*/ and set them beside one another: KIND.json, KIND.md and KIND.png in
+    `out`. Raises FileNotFoundError where there is none, and what `open_study` raises."""
+    measure_one, figure_of = SURVEYS[kind]
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "weights.pt")))
+    if not paths:
+        raise FileNotFoundError(f"there is no run in {os.path.join(folder, '*')}: train some with train.py")
+    os.makedirs(out, exist_ok=True)
+    progress, runs = Progress(len(paths)), {}
+    for run in map(os.path.dirname, paths):
+        progress.next(os.path.basename(run))
+        study = open_study(run, seed)
+        runs[os.path.basename(run)] = plain(measure_one(study) | {"meta": meta(study, run)})
+    progress.finish()
+    labels = dict.fromkeys(label for found in runs.values() for label in found)
+    lines = [f"# {kind.capitalize()}", "", f"Written by `python analyze.py --{kind}`.", ""]
+    lines += [f"| | {' | '.join(runs)} |", "| --- |" + " --- |" * len(runs)]
+    for label in (label for label in labels if label != "meta" and not label.startswith("by ")):
+        cells = (short(found[label]) if label in found else "-" for found in runs.values())
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    save_json(runs, os.path.join(out, f"{kind}.json"))
+    write_text(out, f"{kind}.md", escaped(lines))
+    draw(figure_of, runs, os.path.join(out, f"{kind}.png"))
+    print(f"{kind}.json, {kind}.md and {kind}.png in {out}, {progress.elapsed():.0f} s")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2314,8 +2559,9 @@ def figure_file(number: int) -> str:
 
 
 def applicable(table: dict, study: Study) -> list:
-    """The names in FIGURES or CLAIMS that have a meaning for a model with so many layers."""
-    return [name for name, entry in table.items() if entry.layers <= len(study.layers)]
+    """The names in FIGURES or CLAIMS that have a meaning for so many layers and for this task."""
+    fits = lambda entry: entry.layers <= len(study.layers) and entry.tasks in study.kinds
+    return [name for name, entry in table.items() if fits(entry)]
 
 
 def digest(*paths: str) -> str:
@@ -2475,10 +2721,17 @@ def analyse(run: str, seed: int, out: str, figures: list[int] | None):
     study = open_study(run, seed)
     numbers, claims = applicable(FIGURES, study), applicable(CLAIMS, study) if figures is None else []
     wanted = sorted(FIGURES if figures is None else set(figures))
-    left_out = [f"figure {number}" for number in wanted if number not in numbers]
-    left_out += [name for name in CLAIMS if figures is None and name not in claims]
-    if left_out:
-        print(f"left out, for want of layers in this model: {', '.join(left_out)}")
+    left_out = {f"figure {number}": FIGURES[number] for number in wanted if number not in numbers}
+    left_out |= {name: CLAIMS[name] for name in CLAIMS if figures is None and name not in claims}
+    for reason, names in (
+        ("for want of layers", [n for n, entry in left_out.items() if entry.tasks in study.kinds]),
+        (
+            f"for {study.task_name} sequences, which are not affine (figure 27: and may not be rotated)",
+            [n for n, entry in left_out.items() if entry.tasks not in study.kinds],
+        ),
+    ):
+        if names:
+            print(f"left out {reason}: {', '.join(names)}")
     os.makedirs(out, exist_ok=True)
     chosen = [number for number in wanted if number in numbers]
     progress = Progress(len(chosen) + len(claims))
@@ -2507,6 +2760,8 @@ def main():
     parser.add_argument(
         "--seeds", nargs="+", metavar="DIR", help="compare the claims on every run in DIR/seed_*/"
     )
+    for kind in SURVEYS:
+        parser.add_argument(f"--{kind}", metavar="DIR", help=f"compare the {kind} of the runs in DIR/*/")
     parser.add_argument(
         "--run", metavar="DIR", help="run folder with weights.pt and log.csv (default: weights)"
     )
@@ -2516,10 +2771,11 @@ def main():
     for number in given.get("fig", []):
         if number not in FIGURES:
             parser.error(f"there is no figure {number}; figures are 1 to {max(FIGURES)}, see --list")
-    if not given.keys() & {"all", "list", "fig", "seeds"}:
-        parser.error("nothing to do: give --all, --fig N, --seeds DIR or --list")
-    if "seeds" in given and given.keys() & {"all", "fig", "run"}:
-        parser.error("--seeds DIR is about other runs than --all, --fig and --run: give it by itself")
+    if not given.keys() & {"all", "list", "fig", "seeds", *SURVEYS}:
+        parser.error("nothing to do: give --all, --fig N, --seeds DIR, --tasks DIR, --depths DIR or --list")
+    if given.keys() & {"seeds", *SURVEYS} and given.keys() & {"all", "fig", "run"}:
+        which = sorted(given.keys() & {"seeds", *SURVEYS})[0]
+        parser.error(f"--{which} DIR is about other runs than --all, --fig and --run: give it by itself")
     out, seed = given.get("out", "figures"), given.get("seed", 0)
 
     try:
@@ -2534,6 +2790,8 @@ def main():
             analyse(given.get("run", "weights"), seed, out, None if "all" in given else given["fig"])
         if "seeds" in given:
             compare_runs(given["seeds"], seed, out)
+        for kind in given.keys() & SURVEYS.keys():
+            survey(kind, given[kind], seed, out)
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
     except KeyboardInterrupt:

@@ -268,6 +268,7 @@ class Task:
     first: int  # output positions from here on predict a vector that the inputs determine
     draw: Callable  # (draw, batch, length, d_vocab, c_range) -> Sample; draw(low, high, *shape) is uniform
     solve: Callable  # x [batch, pos, d_vocab] -> the vector after x_first, .., [batch, pos - first, d_vocab]
+    rule: Callable | None = None  # what the model was found to compute, like `solve`
     rotates: bool = True  # whether a Q is such a sequence if a is, for every orthogonal Q
 
     @property
@@ -277,7 +278,7 @@ class Task:
 
 
 TASKS = {  # by name, or for names such as linear-2 by order
-    "affine": Task(FIRST_POSITION, draw_affine, solve_recurrence),
+    "affine": Task(FIRST_POSITION, draw_affine, solve_recurrence, two_step_rule),
     "quadratic": Task(2, draw_quadratic, solve_quadratic, rotates=False),
     "linear-K": lambda K: Task(K + 1, partial(draw_linear, order=K), partial(solve_linear, order=K)),
     "polynomial-K": lambda K: Task(K, partial(draw_polynomial, order=K), partial(solve_polynomial, order=K)),

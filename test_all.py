@@ -1569,6 +1569,7 @@ class Analysis(TestCase):
         a = study.test.a
         errors = analyze.predictor_errors(study, a)
         self.assertEqual({e.shape for e in errors.values()}, {(40, 12)})
+        self.assertEqual(list(errors), list(analyze.PREDICTORS))
         self.assertClose(errors["last vector"], ((a[:, 2:-1] - a[:, 3:]) ** 2).mean(-1), 1e-7)
         self.assertClose(
             errors["model"].mean(1), analyze.squared_errors(study.model(a[:, :-1]), a[:, 1:]), 1e-7
@@ -1576,22 +1577,126 @@ class Analysis(TestCase):
         self.assertLess(errors["exact solver"].max(), 1e-9)
         fitted = {name: e.mean() for name, e in analyze.predictor_errors(study, study.population.a).items()}
         self.assertLess(fitted["best linear"], min(fitted["zero"], fitted["last vector"]))
+        other = analyze.Study(model.Transformer(generator=seeded()), 0, 40, task="linear-3")
+        errors = analyze.predictor_errors(other, other.test.a)
+        self.assertEqual({e.shape for e in errors.values()}, {(40, 10)})
+        self.assertEqual(set(analyze.PREDICTORS) - set(errors), {"two-step rule"})
 
-    def runs_folder(self, *seeds: int, **changes) -> str:
-        """Runs of untrained models, with a log of one row and two kept steps."""
-        folder, config = self.folder(), dataclasses.replace(SMALL_TASK, n_layers=3, **changes)
-        for seed in seeds:
-            run = os.path.join(folder, f"seed_{seed:04d}")
+    def test_neighbours_are_the_next_vector_and_those_before_it(self):
+        a = torch.arange(10.0)[None, :, None]
+        for first, count in ((2, 2), (3, 4), (1, 1)):
+            target, *known = analyze.neighbours(a, first, count)
+            self.assertEqual(target.flatten().tolist(), list(range(first + 1, 10)))
+            for lag in range(count):
+                self.assertEqual(known[lag].flatten().tolist(), list(range(first - lag, 9 - lag)))
+
+    def test_errors_of_a_model_that_is_the_rule_are_those_of_the_rule(self):
+        real, find = analyze.predictions, analyze.CLAIMS["rule_errors"].find
+
+        def predictions(model_from):
+            def made(study, a):
+                target, found = real(study, a)
+                return target, found | {"model": model_from(target, found)}
+
+            return mock.patch.object(analyze, "predictions", made)
+
+        with predictions(lambda target, found: found["two-step rule"]):
+            self.assertEqual(find(self.study()).verdict, "reproduced")
+            self.assertClose(torch.tensor(find(self.study()).measured), 1, 1e-5)
+        with predictions(lambda target, found: torch.zeros_like(target)):
+            self.assertEqual(find(self.study()).verdict, "not reproduced")
+        with predictions(lambda target, found: found["exact solver"]):  # which errs elsewhere
+            self.assertLess(find(self.study()).values["two growths"], 0.5)
+
+    def test_factors_of_all_components_are_those_of_all_weights(self):
+        study = self.study()
+        total = sum(fixed for fixed, _ in analyze.factors_by_component(study).values())
+        for i, c in enumerate(analyze.TAKEN_AT):
+            whole = [analyze.component_weights(study, sign * c)[2].sum(-1)[:, 5:].mean() for sign in (1, -1)]
+            self.assertClose(total[i], sum(whole) / 2, 0.05)
+
+    def test_root_strides_tell_strides_of_two_from_the_last_steps(self):
+        sample = data.sample(60, 14, seeded(), task="linear-2", dtype=torch.float64)
+        c, w = sample.c, torch.zeros(2, 60, 14, 14, dtype=torch.double)
+        for n in range(4, 14):
+            w[0, :, n, n - 1], w[0, :, n, n - 3] = c[:, 0] ** 2 + 2 * c[:, 1], -(c[:, 1] ** 2)
+            w[1, :, n, n], w[1, :, n, n - 1] = c.T
+        two, one = (analyze.root_strides(analyze.Weights(sample, each, 0.0, 1.0)) for each in w)
+        for found in (two, one):
+            self.assertClose(found["A / z^2 + B / z (right: 1)"], 1, 1e-6)
+            self.assertGreater(found["these two differ by"], 0.2)
+        self.assertLess(two["A / z^2 is off strides of two by"], 1e-6)
+        self.assertLess(one["A / z^2 is off the last steps by"], 1e-6)
+        self.assertClose(two["A / z^2 is off the last steps by"], two["these two differ by"], 1e-6)
+        curves = data.sample(9, 14, seeded(), task="polynomial-2", dtype=torch.float64)
+        self.assertEqual(analyze.root_strides(analyze.Weights(curves, w[0, :9], 0.0, 1.0)), {})
+
+    def test_tasks_and_depths_are_measured_and_drawn_side_by_side(self):
+        out, missing = self.folder(), os.path.join(self.folder(), "missing")
+        tasks = self.runs_folder({"task": "linear-2"}, {"task": "quadratic"}, {"task": "affine"})
+        depths = self.runs_folder({"n_layers": 1}, {"n_layers": 2})
+        for kind, folder in (("tasks", tasks), ("depths", depths)):
+            self.assertRefused(1, "there is no run in", analyze.main, f"--{kind}", missing, "--out", out)
+            self.assertRefused(2, "give it by itself", analyze.main, f"--{kind}", folder, "--all")
+            self.assertEqual(os.listdir(out), [])
+            status, _, err = command(analyze.main, f"--{kind}", folder, "--out", out)
+            self.assertEqual(status, 0, err)
+            self.assertEqual(sorted(os.listdir(out)), [f"{kind}.json", f"{kind}.md", f"{kind}.png"])
+            runs = json.loads(read(os.path.join(out, f"{kind}.json")))
+            self.assertEqual(list(runs), sorted(os.listdir(folder)))
+            for name, found in runs.items():
+                study = analyze.open_study(os.path.join(folder, name), 0)
+                first = study.task.first
+                errors = (study.model(study.test.a[:, :-1]) - study.test.a[:, 1:])[:, first:] ** 2
+                shown = found["by position"]
+                shown = shown["model"] if kind == "tasks" else shown
+                self.assertClose(torch.tensor(shown) / errors.mean((0, 2)), 1, 1e-3)
+                if kind == "tasks":
+                    self.assertEqual(found["first position"], first)
+                    self.assertEqual("explained by source weights" in found, study.task.rotates)
+                    self.assertEqual(found["learnt"], "no")
+                else:
+                    self.assertEqual(found["layers"], len(study.layers))
+            for name in os.listdir(out):
+                os.remove(os.path.join(out, name))
+
+    def test_a_run_of_another_task_gets_what_has_a_meaning_for_it(self):
+        for task, drawn in (("linear-2", True), ("quadratic", False)):
+            run, out = (
+                os.path.join(self.runs_folder({"task": task}), "seed_0000"),
+                os.path.join(self.folder(), "figures"),
+            )
+            status, said, err = command(analyze.main, "--all", "--run", run, "--out", out)
+            self.assertEqual(status, 0, err)
+            (line,) = (line for line in said.splitlines() if line.startswith("left out"))
+            self.assertIn(f"left out for {task} sequences", line)
+            for name in ("figure 20", "figure 22", "alpha", "l2_checkerboard", "two_steps"):
+                self.assertIn(name, line)
+            claims = json.loads(read(os.path.join(out, "results.json")))["claims"]
+            self.assertEqual(
+                set(claims), {name for name, claim in analyze.CLAIMS.items() if claim.tasks == "any"}
+            )
+            self.assertTrue(os.path.exists(os.path.join(out, "fig19_errors_by_position.png")))
+            self.assertEqual(os.path.exists(os.path.join(out, "fig27_weight_sizes.png")), drawn)
+
+    def runs_folder(self, *runs: dict) -> str:
+        """Runs of untrained models with these settings, with a log of one row and two kept steps."""
+        folder = self.folder()
+        for i, changes in enumerate(runs):
+            settings = dataclasses.asdict(SMALL_TASK) | {"n_layers": 3, "seed": i} | changes
+            config = model.Config(**{f.name: settings[f.name] for f in dataclasses.fields(model.Config)})
+            run = os.path.join(folder, f"seed_{settings['seed']:04d}")
             os.makedirs(os.path.join(run, "steps"))
-            model.save_json(dataclasses.asdict(config), os.path.join(run, "config.json"))
+            model.save_json(settings, os.path.join(run, "config.json"))
             for name in ("weights.pt", "steps/00000000.pt", "steps/00000001.pt"):
-                model.save_file(model.Transformer(config, seeded(seed)).state_dict(), os.path.join(run, name))
+                state = model.Transformer(config, seeded(settings["seed"])).state_dict()
+                model.save_file(state, os.path.join(run, name))
             with open(os.path.join(run, "log.csv"), "w") as f:
                 f.write("step,loss,eval_mse,seconds\n10,1,1,1\n")
         return folder
 
     def test_seeds_are_compared_and_an_interrupted_comparison_goes_on(self):
-        folder, gelu = self.runs_folder(0, 7), self.runs_folder(0, act_fn="gelu_new")
+        folder, gelu = self.runs_folder({}, {"seed": 7}), self.runs_folder({"act_fn": "gelu_new"})
         out, measure, measured = os.path.join(self.folder(), "figures"), analyze.measure, []
 
         def interrupted(study, claims, progress, prefix):
@@ -1636,7 +1741,7 @@ class Analysis(TestCase):
         self.assertEqual(text, analyze.seeds_markdown(settings))
 
     def test_folders_without_comparable_seeds_are_refused_and_nothing_is_written(self):
-        folder, out = self.runs_folder(0, 1), os.path.join(self.folder(), "figures")
+        folder, out = self.runs_folder({}, {}), os.path.join(self.folder(), "figures")
         refused = lambda status, says, *args: self.assertRefused(
             status, says, analyze.main, *args, "--out", out
         )
