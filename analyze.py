@@ -2253,72 +2253,45 @@ def survey(kind: str, folder: str, seed: int, out: str):
 # ------------------------------------------------------------------------------------------------------------
 # Runs compared: seeds, settings, and when it forms
 
-MARKS = {
-    "reproduced": ("o", TRUTH),
-    "partly": ("s", MODEL),
-    "not reproduced": ("X", LENS),
-}  # one for each verdict
+MARKS = {"reproduced": ("o", TRUTH), "partly": ("s", MODEL), "not reproduced": ("X", LENS)}  # by verdict
 
 
-def course(study: Study) -> dict[str, dict[str, float]]:
-    """What is followed through a run, as the claims measure it but on few sequences: {what: {which: ..}}."""
-    layers = study.layers
-    patterns = [study.activations[f"blocks.{l}.attn.hook_pattern"] for l in layers]
-    attribution = attributions(study, "attn.hook_result")["paper, next"][..., FIRST_POSITION:].mean((1, 2))
-    by_layer = {
-        "attention to the previous vector": [previous_token_score(pattern).mean() for pattern in patterns],
-        "attention to the second vector": [second_token_score(pattern).mean() for pattern in patterns],
-        "OV eigenvalue score": ov_eigenvalue_scores(study.model).mean(1),
-        "QK: cosine with I": [identity_cosine(qk_circuit(study.model, l)).mean() for l in layers],
-        "attribution of the heads, paper's reading": attribution,
-    }
-    found = {what: {f"layer {l}": values[l] for l in layers} for what, values in by_layer.items()}
-    found["MSE, 14 inputs"] = {
-        "model": squared_errors(study.activations["output"], study.population.a[:, 1:]).mean()
-    }
-    weights = {f"c = {c}": read_weights(study, c).w.mean(0)[9, 8] for c in (1.5, 0.5)}
-    found["weight of $a_{n-1}$ at position 9"] = weights
-    if len(layers) > 1:
-        arms = {
-            kind: ablations(study)["layer 1 heads"][kind].mean() for kind in ("mean", "mean, clean scale")
-        }
-        mended = arms["mean"] - arms["mean, clean scale"]
-        found["gain: share of layer 1's damage that goes"] = {
-            "model": mended / (arms["mean"] - study.baseline.mean())
-        }
-    interleaved = unexplained(interleaved_errors(study, 1.2, 2.0))
-    found["unexplained share"] = {kind: interleaved[kind]["model"] for kind in ("recurrence", "interleaved")}
+def course(study: Study) -> dict[str, dict]:
+    """What is followed through a run: every claim, and the weight of the vector before, by c."""
+    claims = {name: CLAIMS[name].find(study) for name in applicable(CLAIMS, study)}
+    found = {name: {"verdict": each.verdict, "values": each.values} for name, each in claims.items()}
+    if "affine" in study.kinds:
+        weights = {f"c = {c}": read_weights(study, c).w.mean(0)[9, 8] for c in (1.5, 0.5)}
+        found["weight of a_{n-1} at position 9"] = {"values": weights}
     return plain(found)
-
-
-def kept_steps(run: str) -> list[str]:
-    return sorted(glob.glob(os.path.join(glob.escape(run), "steps", "*.pt")))
 
 
 def measure_run(run: str, seed: int, progress: "Progress") -> dict:
     """Claims and course of a run: its results.json if of these weights, this code and seed, else anew."""
-    path, name, steps = os.path.join(run, "results.json"), os.path.basename(run), kept_steps(run)
-    study = open_study(run, seed)
+    path, name = os.path.join(run, "results.json"), os.path.basename(run)
+    study, steps = open_study(run, seed), kept_steps(run)
     described = meta(study, run) | {"steps": len(steps)}
-    if os.path.exists(path):
-        try:
-            found = load_file(path, "results")
-        except ValueError:  # none that this program wrote: it is replaced
-            found = {}
-        if found.get("meta") == described:
-            progress.skip(len(CLAIMS) + len(steps))
-            return found
-    results = {
-        "meta": described,
-        "claims": measure(study, applicable(CLAIMS, study), progress, f"{name} "),
-        "course": {},
-    }
-    for weights in steps:
-        step = int(os.path.basename(weights).removesuffix(".pt"))
+    try:
+        found = load_file(path, "results")
+    except (FileNotFoundError, ValueError):  # or none that this program wrote: it is replaced
+        found = {}
+    if found.get("meta") == described:
+        progress.total -= len(CLAIMS) + len(steps)
+        return found
+    claims, followed = measure(study, applicable(CLAIMS, study), progress, f"{name} "), {}
+    for step, weights in steps.items():
         progress.next(f"{name} step {step:,}")
-        results["course"][str(step)] = course(Study(load_weights(weights), seed, SMALL))
+        followed[str(step)] = course(Study(load_weights(weights), seed, SMALL, study.log, study.task_name))
+    results = {"meta": described, "claims": claims, "course": followed}
     save_json(results, path)
     return results
+
+
+def kept_steps(run: str) -> dict[int, str]:
+    """The weights that a run kept, {step: path}, but for those between step 0 and 64, where nothing happens."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(run), "steps", "*.pt")))
+    steps = {int(os.path.basename(path).removesuffix(".pt")): path for path in paths}
+    return {step: path for step, path in steps.items() if not 0 < step < 64}
 
 
 def over_seeds(runs: dict[str, dict]) -> dict[str, dict]:
@@ -2329,48 +2302,65 @@ def over_seeds(runs: dict[str, dict]) -> dict[str, dict]:
         claims[name] = {"verdicts": {seed: found["verdict"] for seed, found in each.items()}, "values": {}}
         for label in first["values"]:
             values = np.array([found["values"][label] for found in each.values()])
+            sd = values.std(ddof=1) if len(values) > 1 else 0.0
             untrained = np.mean([found["untrained"]["values"][label] for found in each.values()])
-            sd = values.std(ddof=1) if len(values) > 1 else np.zeros(())
-            claims[name]["values"][label] = {
-                "seeds": values,
-                "mean": values.mean(),
-                "sd": sd,
-                "untrained": untrained,
-            }
+            numbers = {"seeds": values, "mean": values.mean(), "sd": sd, "untrained": untrained}
+            claims[name]["values"][label] = numbers
     return plain(claims)
 
 
-def count_verdicts(claim: dict) -> dict[str, int]:
-    return {verdict: list(claim["verdicts"].values()).count(verdict) for verdict in MARKS}
+def count_verdicts(verdicts: Iterable[str]) -> dict[str, int]:
+    verdicts = list(verdicts)
+    return {verdict: verdicts.count(verdict) for verdict in MARKS}
+
+
+def holding(courses: dict[str, dict], ours: bool) -> dict[str, list[int]]:
+    """How many of the paper's claims, or of ours, are reproduced at each step, {seed: [steps]}."""
+    names = [name for name, claim in CLAIMS.items() if (claim.paper is None) == ours]
+    holds = lambda claims: sum(claims.get(name, {}).get("verdict") == "reproduced" for name in names)
+    return {seed: [holds(claims) for claims in steps.values()] for seed, steps in courses.items()}
+
+
+def claim_panels(names: Iterable[str], title: str):
+    """A panel for each of the claims, with its unit and the paper's value: canvas, {name: axes}, other
+    axes."""
+    names = list(names)
+    rows = -(-(len(names) + 1) // 4)
+    canvas, panels = grid(rows, 4, 11, 2.3 * rows, title)
+    for axes, name in zip(panels.flat, names):
+        claim = CLAIMS.get(name)
+        unit = claim.unit if claim else "weight"
+        if claim and claim.unit != "MSE / unchanged" and isinstance(claim.paper, (float, list)):
+            for value in np.ravel(claim.paper):
+                axes.axhline(value, color=OTHER, ls="--", lw=1)
+        axes.set_yscale("log" if "MSE" in unit or unit == "unexplained share" else "linear")
+        axes.set_ylabel(textwrap.fill(unit, 24), fontsize=7)
+        axes.set_title(name, fontsize=8)
+    others = panels.flat[len(names) :]
+    for axes in others:
+        axes.axis("off")
+    return canvas, dict(zip(names, panels.flat)), others
 
 
 def figure_seeds(claims: dict[str, dict]):
     """A panel for each claim of `over_seeds`: a mark for each seed, in one order, a bar at their mean."""
-    rows, seeds = -(-(len(claims) + 1) // 4), len(next(iter(claims.values()))["verdicts"])
-    canvas, panels = grid(rows, 4, 11, 2.3 * rows, f"The claims over {seeds} seeds")
-    for axes, (name, found) in zip(panels.flat, claims.items()):
-        claim = CLAIMS[name]
+    seeds = len(next(iter(claims.values()))["verdicts"])
+    canvas, panels, (legend, *_) = claim_panels(claims, f"The claims over {seeds} seeds")
+    for name, axes in panels.items():
+        found = claims[name]
         for x, group in enumerate(found["values"].values()):
-            for i, (value, verdict) in enumerate(zip(group["seeds"], found["verdicts"].values())):
-                at = x + (0.5 * i / (seeds - 1) - 0.25 if seeds > 1 else 0)
-                axes.plot(
-                    at, value, marker=MARKS[verdict][0], color=MARKS[verdict][1], ms=5, mec="none", ls=""
-                )
+            places = x + np.linspace(-0.25, 0.25, seeds) * (seeds > 1)
+            for at, value, verdict in zip(places, group["seeds"], found["verdicts"].values()):
+                marker, color = MARKS[verdict]
+                axes.plot(at, value, marker=marker, color=color, ms=5, mec="none", ls="")
             axes.plot([x - 0.35, x + 0.35], [group["mean"]] * 2, color="black", lw=1)
             axes.plot(x, group["untrained"], marker="_", color="0.5", ms=14)
-        if claim.unit != "MSE / unchanged" and isinstance(claim.paper, (float, list)):
-            for value in np.ravel(claim.paper):
-                axes.axhline(value, color=OTHER, ls="--", lw=1)
-        axes.set_yscale("log" if "MSE" in claim.unit or claim.unit == "unexplained share" else "linear")
         labels = [textwrap.fill(label, 11 if len(found["values"]) < 4 else 8) for label in found["values"]]
         axes.set_xticks(range(len(labels)), labels, fontsize=6.5)
         axes.set_xlim(-0.6, len(labels) - 0.4)
-        axes.set_ylabel(textwrap.fill(claim.unit, 24), fontsize=7)
-        paper = "ours" if claim.paper is None else f"paper: {paper_text(claim.paper)}"
-        axes.set_title(f"{name}: {count_verdicts(found)['reproduced']} of {seeds}\n{paper}", fontsize=8)
-    legend, *unused = panels.flat[len(claims) :]
-    for axes in (legend, *unused):
-        axes.axis("off")
+        count, paper = count_verdicts(found["verdicts"].values())["reproduced"], CLAIMS[name].paper
+        paper = "ours" if paper is None else f"paper: {paper_text(paper)}"
+        axes.set_title(f"{name}: {count} of {seeds}\n{paper}", fontsize=8)
     for verdict, (marker, color) in MARKS.items():
         legend.plot([], [], marker=marker, color=color, ls="", label=verdict)
     legend.plot([], [], color="black", lw=1, label="mean over seeds")
@@ -2381,37 +2371,33 @@ def figure_seeds(claims: dict[str, dict]):
 
 
 def figure_course(courses: dict[str, dict]):
-    """A panel for each measure of `course`, from {seed: {step: course}}: a line a seed and layer."""
-    titles = list(next(iter(next(iter(courses.values())).values())))
-    canvas, panels = grid(3, 3, 11, 8.5, f"When it forms, over {len(courses)} seeds", sharex=True)
-    for axes in panels.flat[len(titles) :]:
-        axes.axis("off")
-    for axes, title in zip(panels.flat, titles):
-        for i, steps in enumerate(courses.values()):
-            for color, label in zip(LAYER_COLORS, next(iter(steps.values()))[title]):
-                y = [found[title][label] for found in steps.values()]
-                axes.plot(
-                    [int(step) for step in steps],
-                    y,
-                    color=color,
-                    lw=1,
-                    alpha=0.8,
-                    label=label if i == 0 else None,
-                )
-        axes.set_title(title)
-        axes.set_xscale("symlog", linthresh=1)  # logarithmic, but with a place for 0
-        if "MSE" in title or "unexplained" in title:
-            axes.set_yscale("log")
-        if title.startswith("gain"):
-            axes.set_ylim(-0.1, 1.1)
-        axes.legend(fontsize=7)
+    """A panel for each claim against the step, from {seed: {step: course}}: a line a seed and value; and how
+    many claims hold."""
+    first = next(iter(next(iter(courses.values())).values()))
+    title = f"When it forms: the values of the claims against the step, {len(courses)} seeds"
+    canvas, panels, (last, *_) = claim_panels(first, title)
+    for i, steps in enumerate(courses.values()):
+        x = [int(step) for step in steps]
+        for name, axes in panels.items():
+            for j, label in enumerate(first[name]["values"]):
+                y = [found[name]["values"][label] for found in steps.values()]
+                axes.plot(x, y, color=f"C{j}", lw=0.8, label=None if i else label)
+        for ours, color in ((False, TRUTH), (True, LENS)):
+            y = list(holding({0: steps}, ours).values())[0]
+            last.plot(x, y, color=color, lw=0.8, label=None if i else ("ours" if ours else "the paper's"))
+    last.axis("on")
+    last.set(title="claims that hold", ylabel="number of claims")
+    for axes in (*panels.values(), last):
+        axes.set_xscale("symlog", linthresh=100)  # logarithmic, but with a place for 0
+        axes.set_xticks([0, 1000, 100_000], ["0", "1,000", "100,000"])
+        axes.legend(fontsize=6)
     canvas.supxlabel("step", fontsize=9)
     return canvas
 
 
 def seeds_markdown(settings: dict[str, dict]) -> str:
     """seeds.md: the verdicts and values of each claim over the seeds of each setting, and of each seed."""
-    first = next(iter(settings.values()))["claims"]
+    first, *_ = settings.values()
     lines = [
         "# The claims over seeds and settings",
         "",
@@ -2422,17 +2408,15 @@ def seeds_markdown(settings: dict[str, dict]) -> str:
         f"| claim | paper | unit | {' | '.join(settings)} | untrained |",
         "| --- | --- | --- |" + " --- |" * (len(settings) + 1),
     ]
-    for name, found in first.items():
+    for name, found in first["claims"].items():
         cells = [f"[`{name}`](results.md#{name})", paper_text(CLAIMS[name].paper), CLAIMS[name].unit]
         for each in (setting["claims"].get(name) for setting in settings.values()):
             groups = each["values"].items() if each else ()
             values = [f"{label}: {short(group['mean'])} ({short(group['sd'])})" for label, group in groups]
-            counts = f"**{' / '.join(map(str, count_verdicts(each).values()))}**" if each else "-"
-            cells.append("<br>".join([counts, *values]))
-        cells.append(
-            "<br>".join(f"{label}: {short(group['untrained'])}" for label, group in found["values"].items())
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+            counts = " / ".join(map(str, count_verdicts(each["verdicts"].values()).values())) if each else "-"
+            cells.append("<br>".join([f"**{counts}**", *values]))
+        fresh = (f"{label}: {short(group['untrained'])}" for label, group in found["values"].items())
+        lines.append(f"| {' | '.join([*cells, '<br>'.join(fresh)])} |")
     for setting, found in settings.items():
         lines += ["", f"## {setting}: each seed", "", f"| claim | {' | '.join(found['runs'])} |"]
         lines.append("| --- |" + " --- |" * len(found["runs"]))
@@ -2442,6 +2426,14 @@ def seeds_markdown(settings: dict[str, dict]) -> str:
                 values = (f"{label}: {short(group['seeds'][i])}" for label, group in claim["values"].items())
                 cells.append(f"**{verdict}**<br>{'<br>'.join(values)}")
             lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    if courses := first["course"]:
+        paper, ours = (holding(courses, which) for which in (False, True))
+        lines += ["", "## How many claims hold at each step", ""]
+        lines += ["Of the paper's claims + of ours, measured on fewer sequences than above.", ""]
+        lines += [f"| step | {' | '.join(courses)} |", "| --- |" + " --- |" * len(courses)]
+        for i, step in enumerate(next(iter(courses.values()))):
+            cells = (f"{paper[seed][i]} + {ours[seed][i]}" for seed in courses)
+            lines.append(f"| {int(step):,} | {' | '.join(cells)} |")
     return escaped(lines)
 
 
@@ -2451,26 +2443,26 @@ def open_runs(folder: str) -> tuple[str, dict[str, str]]:
     Raises FileNotFoundError where there is none, and FileNotFoundError or ValueError for one that cannot be
     read, is at another step or was trained in another setting than the others.
     """
-    runs = sorted(
-        path for path in glob.glob(os.path.join(glob.escape(folder), "seed_*")) if os.path.isdir(path)
-    )
+    runs = sorted(filter(os.path.isdir, glob.glob(os.path.join(glob.escape(folder), "seed_*"))))
     if not runs:
         where = os.path.join(folder, "seed_*")
         raise FileNotFoundError(
             f"there is no run in {where}: train some with train.py --seeds 0-3 --out {folder}"
         )
-    found = set()
+    found = []
     for path in runs:
-        config = load_weights(os.path.join(path, "weights.pt")).config
-        step = int(read_log(os.path.join(path, "log.csv"))["step"][-1])
-        layers = "" if config.n_layers == 3 else f", {config.n_layers} layers"
-        found.add((f"{config.act_fn}, {config.initializer_range:.3g}{layers}", step))
-        if len(found) > 1:
-            settings = " and ".join(f"{setting} at step {step:,}" for setting, step in sorted(found))
+        study = open_study(path, 0)
+        config, step = study.model.config, int(study.log["step"][-1])
+        setting = f"{config.act_fn}, {config.initializer_range:.3g}"
+        setting += "" if config.n_layers == 3 else f", {config.n_layers} layers"
+        setting += "" if "affine" in study.kinds else f", {study.task_name}"
+        found.append((setting, step))
+        if found[-1] != found[0]:
+            kinds = " and ".join(f"{setting} at step {step:,}" for setting, step in sorted(set(found)))
             raise ValueError(
-                f"{path} is another kind of run than those before it: {settings}; move it elsewhere"
+                f"{path} is another kind of run than those before it: {kinds}; move it elsewhere"
             )
-    return found.pop()[0], {os.path.basename(path): path for path in runs}
+    return setting, {os.path.basename(path): path for path in runs}
 
 
 def compare_runs(folders: list[str], seed: int, out: str):
@@ -2489,19 +2481,18 @@ def compare_runs(folders: list[str], seed: int, out: str):
             )
         groups[setting] = runs
     os.makedirs(out, exist_ok=True)
-    progress = Progress(
-        sum(len(CLAIMS) + len(kept_steps(path)) for runs in groups.values() for path in runs.values())
-    )
+    every = [path for runs in groups.values() for path in runs.values()]
+    progress = Progress(sum(len(CLAIMS) + len(kept_steps(path)) for path in every))
     settings: dict[str, dict] = {}
     for setting, runs in groups.items():
         found = {name: measure_run(path, seed, progress) for name, path in runs.items()}
-        parts = {
-            part: {name: each[part] for name, each in found.items() if each[part]}
-            for part in ("meta", "course")
-        }
-        settings[setting] = {"runs": parts["meta"], "claims": over_seeds(found), "course": parts["course"]}
+        kept = {part: {name: each[part] for name, each in found.items()} for part in ("meta", "course")}
+        courses = {name: each for name, each in kept["course"].items() if each}
+        settings[setting] = {"runs": kept["meta"], "claims": over_seeds(found), "course": courses}
     progress.finish()
-    first = next(iter(settings.values()))
+    first, *others = settings.values()
+    for other in others:
+        other["course"] = {}  # of the other settings nobody asks
     draw(figure_seeds, first["claims"], os.path.join(out, "seeds.png"))
     if first["course"]:
         draw(figure_course, first["course"], os.path.join(out, "steps.png"))
@@ -2510,8 +2501,8 @@ def compare_runs(folders: list[str], seed: int, out: str):
     for setting, found in settings.items():
         print(f"{setting}, {len(found['runs'])} seeds:")
         for name, claim in found["claims"].items():
-            counts = (f"{count} {verdict}" for verdict, count in count_verdicts(claim).items() if count)
-            print(f"  {name:22}{', '.join(counts)}")
+            counts = count_verdicts(claim["verdicts"].values()).items()
+            print(f"  {name:22}{', '.join(f'{count} {verdict}' for verdict, count in counts if count)}")
     files = ["seeds.json", "seeds.md", "seeds.png", *(["steps.png"] if first["course"] else [])]
     print(f"{', '.join(files)} in {out}, {progress.elapsed():.0f} s")
 
@@ -2680,10 +2671,6 @@ class Progress:
             file=sys.stderr,
             flush=True,
         )
-
-    def skip(self, number: int):
-        """Leave out what is already there, for the time left too."""
-        self.total -= number
 
     def finish(self):
         if self.live:

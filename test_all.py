@@ -1688,7 +1688,7 @@ class Analysis(TestCase):
             run = os.path.join(folder, f"seed_{settings['seed']:04d}")
             os.makedirs(os.path.join(run, "steps"))
             model.save_json(settings, os.path.join(run, "config.json"))
-            for name in ("weights.pt", "steps/00000000.pt", "steps/00000001.pt"):
+            for name in ("weights.pt", "steps/00000000.pt", "steps/00000064.pt"):
                 state = model.Transformer(config, seeded(settings["seed"])).state_dict()
                 model.save_file(state, os.path.join(run, name))
             with open(os.path.join(run, "log.csv"), "w") as f:
@@ -1732,9 +1732,10 @@ class Analysis(TestCase):
                     torch.tensor(group["mean"]), torch.tensor(values).mean(), 1e-3 * max(1, abs(values[0]))
                 )
         steps = first["course"]["seed_0007"]
-        self.assertEqual(list(steps), ["0", "1"])
+        self.assertEqual(list(steps), ["0", "64"])
+        log = analyze.read_log(os.path.join(folder, "seed_0007", "log.csv"))
         alone = analyze.Study(
-            model.load_weights(os.path.join(folder, "seed_0007", "weights.pt")), 0, analyze.SMALL
+            model.load_weights(os.path.join(folder, "seed_0007", "weights.pt")), 0, analyze.SMALL, log
         )
         self.assertEqual(steps["0"], analyze.course(alone))
         text = read(os.path.join(out, "seeds.md")).decode()
@@ -1854,7 +1855,9 @@ class Analysis(TestCase):
             (row,) = (line for line in readme if line.startswith(f"| `{name}` "))
             _, paper, ours, verdicts = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
             self.assertEqual(paper, analyze.paper_text(analyze.CLAIMS[name].paper))
-            self.assertEqual(verdicts, " / ".join(map(str, analyze.count_verdicts(found).values())))
+            self.assertEqual(
+                verdicts, " / ".join(map(str, analyze.count_verdicts(found["verdicts"].values()).values()))
+            )
             self.assertIn(
                 ours.split()[0], [analyze.short(group["mean"]) for group in found["values"].values()]
             )
