@@ -44,7 +44,7 @@ import data
 import interventions
 from data import FIRST_POSITION, MAX_LENGTH, MIN_LENGTH
 from model import Transformer, fold, load_file, load_weights, replacing, save_json, settings_beside
-from train import CommandLine, whole_number
+from train import CommandLine, Line, whole_number
 
 POPULATION = 1000  # sequences of 14 inputs, as in the paper (section 4.5)
 SMALL = 100  # sequences for an untrained model and for the steps of a run
@@ -53,6 +53,7 @@ EXAMPLES = 200  # alternating and other sequences for the attention of layer 2
 HEAD_ABLATION = 250  # test sequences for the ablations of single heads
 QK_DRAWS = 5  # random matrices for each arm of the pseudoinverse test
 RESAMPLES = 1000  # of each bootstrap
+SAMPLES = "POPULATION SMALL HELD_OUT_PER_LENGTH EXAMPLES HEAD_ABLATION QK_DRAWS RESAMPLES PER_C".split()
 
 # ------------------------------------------------------------------------------------------------------------
 # Helpers
@@ -2239,13 +2240,12 @@ def survey(kind: str, folder: str, seed: int, out: str):
         runs[os.path.basename(run)] = plain(measure_one(study) | {"meta": meta(study, run)})
     progress.finish()
     labels = dict.fromkeys(label for found in runs.values() for label in found)
+    labels = (label for label in labels if label != "meta" and not label.startswith("by "))
+    rows = ([label, *(short(found.get(label, "-")) for found in runs.values())] for label in labels)
     lines = [f"# {kind.capitalize()}", "", f"Written by `python analyze.py --{kind}`.", ""]
-    lines += [f"| | {' | '.join(runs)} |", "| --- |" + " --- |" * len(runs)]
-    for label in (label for label in labels if label != "meta" and not label.startswith("by ")):
-        cells = (short(found[label]) if label in found else "-" for found in runs.values())
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += table([kind, *runs], rows)
     save_json(runs, os.path.join(out, f"{kind}.json"))
-    write_text(out, f"{kind}.md", escaped(lines))
+    write_text(out, f"{kind}.md", "\n".join(lines) + "\n")
     draw(figure_of, runs, os.path.join(out, f"{kind}.png"))
     print(f"{kind}.json, {kind}.md and {kind}.png in {out}, {progress.elapsed():.0f} s")
 
@@ -2405,36 +2405,33 @@ def seeds_markdown(settings: dict[str, dict]) -> str:
         "and the standard deviation of the initial weights. In bold: reproduced / partly / not. Values: mean",
         "over seeds (standard deviation).",
         "",
-        f"| claim | paper | unit | {' | '.join(settings)} | untrained |",
-        "| --- | --- | --- |" + " --- |" * (len(settings) + 1),
     ]
+    rows = []
     for name, found in first["claims"].items():
-        cells = [f"[`{name}`](results.md#{name})", paper_text(CLAIMS[name].paper), CLAIMS[name].unit]
+        row = [f"[`{name}`](results.md#{name})", paper_text(CLAIMS[name].paper), CLAIMS[name].unit]
         for each in (setting["claims"].get(name) for setting in settings.values()):
             groups = each["values"].items() if each else ()
             values = [f"{label}: {short(group['mean'])} ({short(group['sd'])})" for label, group in groups]
             counts = " / ".join(map(str, count_verdicts(each["verdicts"].values()).values())) if each else "-"
-            cells.append("<br>".join([f"**{counts}**", *values]))
+            row.append("<br>".join([f"**{counts}**", *values]))
         fresh = (f"{label}: {short(group['untrained'])}" for label, group in found["values"].items())
-        lines.append(f"| {' | '.join([*cells, '<br>'.join(fresh)])} |")
+        rows.append([*row, "<br>".join(fresh)])
+    lines += table(["claim", "paper", "unit", *settings, "untrained"], rows)
     for setting, found in settings.items():
-        lines += ["", f"## {setting}: each seed", "", f"| claim | {' | '.join(found['runs'])} |"]
-        lines.append("| --- |" + " --- |" * len(found["runs"]))
+        rows = []
         for name, claim in found["claims"].items():
-            cells = []
+            rows.append([f"`{name}`"])
             for i, verdict in enumerate(claim["verdicts"].values()):
                 values = (f"{label}: {short(group['seeds'][i])}" for label, group in claim["values"].items())
-                cells.append(f"**{verdict}**<br>{'<br>'.join(values)}")
-            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+                rows[-1].append(f"**{verdict}**<br>{'<br>'.join(values)}")
+        lines += ["", f"## {setting}: each seed", "", *table(["claim", *found["runs"]], rows)]
     if courses := first["course"]:
         paper, ours = (holding(courses, which) for which in (False, True))
-        lines += ["", "## How many claims hold at each step", ""]
-        lines += ["Of the paper's claims + of ours, measured on fewer sequences than above.", ""]
-        lines += [f"| step | {' | '.join(courses)} |", "| --- |" + " --- |" * len(courses)]
-        for i, step in enumerate(next(iter(courses.values()))):
-            cells = (f"{paper[seed][i]} + {ours[seed][i]}" for seed in courses)
-            lines.append(f"| {int(step):,} | {' | '.join(cells)} |")
-    return escaped(lines)
+        steps = enumerate(next(iter(courses.values())))
+        rows = ([f"{int(step):,}", *(f"{paper[s][i]} + {ours[s][i]}" for s in courses)] for i, step in steps)
+        lines += ["", "## How many claims hold at each step", "", "Of the paper's + of ours, measured on fewer"]
+        lines += ["sequences than above.", "", *table(["step", *courses], rows)]
+    return "\n".join(lines) + "\n"
 
 
 def open_runs(folder: str) -> tuple[str, dict[str, str]]:
@@ -2527,7 +2524,7 @@ def short(value) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {short(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return ("<br>" if value and isinstance(value[0], list) else " ").join(short(item) for item in value)
+        return ("<br>" if value and isinstance(value[0], list) else " ").join(map(short, value))
     if isinstance(value, float):
         return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.3g}"
     return str(value)
@@ -2540,19 +2537,21 @@ def paper_text(paper) -> str:
     return f"{paper[0]} to {paper[1]}" if isinstance(paper, list) else short(paper)
 
 
-def escaped(lines: list[str]) -> str:
-    """Lines of markdown, with the bars of |c| and the like kept apart from those of tables."""
-    return "\n".join(lines).replace("|c|", "\\|c\\|").replace("A / c^2 - 1|", "A / c^2 - 1\\|") + "\n"
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a markdown table."""
+    header = list(header)
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in (header, *rows)]
+    return [f"| {lines[0]} |", "| --- " * len(header) + "|", *(f"| {line} |" for line in lines[1:])]
 
 
 def figure_file(number: int) -> str:
     return f"fig{number:02d}_{FIGURES[number].name}.png"
 
 
-def applicable(table: dict, study: Study) -> list:
+def applicable(entries: dict, study: Study) -> list:
     """The names in FIGURES or CLAIMS that have a meaning for so many layers and for this task."""
     fits = lambda entry: entry.layers <= len(study.layers) and entry.tasks in study.kinds
-    return [name for name, entry in table.items() if fits(entry)]
+    return [name for name, entry in entries.items() if fits(entry)]
 
 
 def digest(*paths: str) -> str:
@@ -2567,114 +2566,72 @@ def digest(*paths: str) -> str:
 def meta(study: Study, run: str) -> dict:
     """What the numbers were computed from, and with."""
     here = os.path.dirname(os.path.abspath(__file__))
-    constants = (
-        "POPULATION",
-        "SMALL",
-        "HELD_OUT_PER_LENGTH",
-        "EXAMPLES",
-        "HEAD_ABLATION",
-        "QK_DRAWS",
-        "RESAMPLES",
-        "PER_C",
-    )
+    code = (os.path.join(here, f"{name}.py") for name in ("data", "model", "interventions", "analyze"))
+    versions = {module.__name__: module.__version__ for module in (torch, np, matplotlib)}
     return {
         "sha256": digest(os.path.join(run, "weights.pt")),
-        "code": digest(
-            *(os.path.join(here, f"{name}.py") for name in ("data", "model", "interventions", "analyze"))
-        ),
+        "code": digest(*code),
         "step": int(study.log["step"][-1]),
+        "task": study.task_name,
         "config": asdict(study.model.config),
         "seed": study.seed,
-        "samples": {name.lower(): globals()[name] for name in constants},
-        "versions": {"python": platform.python_version()}
-        | {m.__name__: m.__version__ for m in (torch, np, matplotlib)},
+        "samples": {name.lower(): globals()[name] for name in SAMPLES},
+        "versions": {"python": platform.python_version()} | versions,
     }
 
 
 def markdown(results: dict) -> str:
     """results.md: a table with a row for each claim, then the rule, the values and the controls of each."""
-    lines = [
-        "# What the paper claims and what this model shows",
-        "",
-        "Written by `python analyze.py --all`; all numbers, with more digits, are in `results.json`. Claims",
-        'without a value of the paper are ours; "reproduced" then says that they hold. Untrained: the same',
-        "measured on fresh weights.",
-        "",
-        *(f"{key}: {short(value)}  " for key, value in results["meta"].items()),
-        "",
-        "| claim | figure | paper | measured | 95% interval | verdict |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows, details = [], []
     for name, found in results["claims"].items():
-        figure = f"[{CLAIMS[name].figure}]({figure_file(CLAIMS[name].figure)})"
-        interval = " to ".join(short(end) for end in found["interval"] or ())
-        cells = [
-            f"[`{name}`](#{name}) {found['claim']}",
-            figure,
-            paper_text(found["paper"]),
-            short(found["measured"]),
-        ]
-        lines.append(f"| {' | '.join([*cells, interval, found['verdict']])} |")
-    for name, found in results["claims"].items():
-        fresh = found["untrained"]
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            f"{found['claim']}: **{found['verdict']}** (untrained: {fresh['verdict']}).",
-            "",
-        ]
-        lines += [
-            f"Rule: {found['why']}",
-            "",
-            f"| {CLAIMS[name].unit} | value | untrained |",
-            "| --- | --- | --- |",
-        ]
-        lines += [
-            f"| {label} | {short(v)} | {short(fresh['values'][label])} |"
-            for label, v in found["values"].items()
-        ]
-        lines += ["", "| control | value |", "| --- | --- |"]
-        lines += [f"| {key} | {short(value)} |" for key, value in found["control"].items()]
-    return escaped(lines)
+        fresh, number = found["untrained"], CLAIMS[name].figure
+        row = [f"[`{name}`](#{name}) {found['claim']}", f"[{number}]({figure_file(number)})"]
+        row += [paper_text(found["paper"]), short(found["measured"])]
+        rows.append([*row, " to ".join(map(short, found["interval"] or ())), found["verdict"]])
+        verdicts = f"**{found['verdict']}** (untrained: {fresh['verdict']})"
+        details += ["", f"## {name}", "", f"{found['claim']}: {verdicts}.", "", f"Rule: {found['why']}", ""]
+        values = ([key, short(value), short(fresh["values"][key])] for key, value in found["values"].items())
+        details += [*table([CLAIMS[name].unit, "value", "untrained"], values), ""]
+        details += table(["control", "value"], ([k, short(v)] for k, v in found["control"].items()))
+    intro = """\
+        # What the paper claims and what this model shows
+
+        Written by `python analyze.py --all`; all numbers, with more digits, are in `results.json`. Claims
+        without a value of the paper are ours; "reproduced" then says that they hold. Untrained: the same
+        measured on fresh weights.
+        """
+    lines = [textwrap.dedent(intro), *(f"{key}: {short(value)}  " for key, value in results["meta"].items())]
+    lines += ["", *table(["claim", "figure", "paper", "measured", "95% interval", "verdict"], rows), *details]
+    return "\n".join(lines) + "\n"
 
 
-def table(results: dict) -> str:
+def terminal_table(results: dict) -> str:
     """The claims as lines for a terminal."""
     rows = [("claim", "paper", "measured", "verdict")]
     for name, found in results["claims"].items():
         measured = textwrap.shorten(short(found["measured"]).replace("<br>", " / "), 50, placeholder=" ...")
         rows.append((name, paper_text(found["paper"]), measured, found["verdict"]))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 class Progress:
     """A line on the terminal that names what is being made, with the time taken and the time left."""
 
     def __init__(self, total: int):
-        self.total, self.done, self.start, self.live = total, 0, time.perf_counter(), sys.stderr.isatty()
+        self.total, self.done, self.start, self.line = total, 0, time.perf_counter(), Line(sys.stderr)
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.start
 
     def next(self, what: str):
-        elapsed = self.elapsed()
-        left = f", about {elapsed / self.done * (self.total - self.done):.0f} s left" if self.done else ""
+        left = self.elapsed() / max(1, self.done) * (self.total - self.done)
+        left = f", about {left:.0f} s left" if self.done else ""
         self.done += 1
-        line = f"[{self.done}/{self.total}] {what} ({elapsed:.0f} s{left})"
-        print(
-            f"\r{line}\x1b[K" if self.live else line,
-            end="" if self.live else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        self.line.show(f"[{self.done}/{self.total}] {what} ({self.elapsed():.0f} s{left})")
 
     def finish(self):
-        if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self.line.clear()
 
 
 def write_text(out: str, name: str, text: str):
@@ -2703,66 +2660,59 @@ def measure(study: Study, claims: Iterable[str], progress: Progress, prefix: str
     return results
 
 
-def analyse(run: str, seed: int, out: str, figures: list[int] | None):
-    """Draw `figures` of a run into `out`; for None all, and measure every claim, with the reports."""
+def analyse(run: str, seed: int, out: str, wanted: list[int] | None):
+    """Draw the figures `wanted` of a run into `out`; for None all, and measure every claim, with the
+    reports. Says in a line what has no meaning for this run."""
     study = open_study(run, seed)
-    numbers, claims = applicable(FIGURES, study), applicable(CLAIMS, study) if figures is None else []
-    wanted = sorted(FIGURES if figures is None else set(figures))
-    left_out = {f"figure {number}": FIGURES[number] for number in wanted if number not in numbers}
-    left_out |= {name: CLAIMS[name] for name in CLAIMS if figures is None and name not in claims}
-    for reason, names in (
-        ("for want of layers", [n for n, entry in left_out.items() if entry.tasks in study.kinds]),
-        (
-            f"for {study.task_name} sequences, which are not affine (figure 27: and may not be rotated)",
-            [n for n, entry in left_out.items() if entry.tasks not in study.kinds],
-        ),
+    entries = {number: FIGURES[number] for number in sorted(wanted or FIGURES)}
+    entries |= {} if wanted else CLAIMS
+    chosen = applicable(entries, study)
+    for reason, deep in (
+        ("for want of layers", True),
+        (f"for {study.task_name} sequences, which are not affine (figure 27: may not be rotated)", False),
     ):
+        which = (name for name in entries if name not in chosen)
+        names = [name for name in which if deep == (entries[name].layers > len(study.layers))]
         if names:
-            print(f"left out {reason}: {', '.join(names)}")
+            print(f"left out {reason}: {', '.join(f'figure {n}' if n in FIGURES else n for n in names)}")
     os.makedirs(out, exist_ok=True)
-    chosen = [number for number in wanted if number in numbers]
-    progress = Progress(len(chosen) + len(claims))
-    for number in chosen:
+    progress, figures = Progress(len(chosen)), [name for name in chosen if name in FIGURES]
+    for number in figures:
         progress.next(f"figure {number}: {FIGURES[number].title}")
         draw(FIGURES[number].draw, study, os.path.join(out, figure_file(number)))
-    results = {"meta": {"weights": run} | meta(study, run), "claims": measure(study, claims, progress)}
+    claims = measure(study, [name for name in chosen if name in CLAIMS], progress)
     progress.finish()
-    if claims:
+    if not wanted:
+        results = {"meta": {"weights": run} | meta(study, run), "claims": claims}
         save_json(results, os.path.join(out, "results.json"))
         write_text(out, "results.md", markdown(results))
-        print(table(results))
-    files = f"{len(chosen)} figures{' and results.json, results.md' if claims else ''}"
+        print(terminal_table(results))
+    files = f"{len(figures)} figures{'' if wanted else ' and results.json, results.md'}"
     print(f"{files} in {out}, {progress.elapsed():.0f} s")
 
 
 def main():
     parser = CommandLine(__doc__)
-    parser.add_argument(
-        "--all", action="store_true", help="every figure and claim, results.json and results.md"
-    )
-    parser.add_argument("--list", action="store_true", help="list the figures and claims")
-    parser.add_argument(
-        "--fig", type=whole_number, action="append", metavar="N", help="figure N; also several times"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", metavar="DIR", help="compare the claims on every run in DIR/seed_*/"
-    )
+    option = parser.add_argument
+    option("--all", action="store_true", help="every figure and claim, results.json and results.md")
+    option("--list", action="store_true", help="list the figures and claims")
+    option("--fig", type=whole_number, action="append", metavar="N", help="figure N; also several times")
+    option("--seeds", nargs="+", metavar="DIR", help="compare the claims on every run in DIR/seed_*/")
     for kind in SURVEYS:
-        parser.add_argument(f"--{kind}", metavar="DIR", help=f"compare the {kind} of the runs in DIR/*/")
-    parser.add_argument(
-        "--run", metavar="DIR", help="run folder with weights.pt and log.csv (default: weights)"
-    )
-    parser.add_argument("--out", metavar="DIR", help="folder for the figures and results (default: figures)")
-    parser.add_argument("--seed", type=whole_number, help="of the sequences and random matrices (default: 0)")
+        option(f"--{kind}", metavar="DIR", help=f"compare the {kind} of the runs in DIR/*/")
+    option("--run", metavar="DIR", help="run folder with weights.pt and log.csv (default: weights)")
+    option("--out", metavar="DIR", help="folder for the figures and results (default: figures)")
+    option("--seed", type=whole_number, help="of the sequences and random matrices (default: 0)")
     given = vars(parser.parse_args())
     for number in given.get("fig", []):
         if number not in FIGURES:
             parser.error(f"there is no figure {number}; figures are 1 to {max(FIGURES)}, see --list")
-    if not given.keys() & {"all", "list", "fig", "seeds", *SURVEYS}:
+    comparisons = sorted(given.keys() & {"seeds", *SURVEYS})
+    if not comparisons and not given.keys() & {"all", "list", "fig"}:
         parser.error("nothing to do: give --all, --fig N, --seeds DIR, --tasks DIR, --depths DIR or --list")
-    if given.keys() & {"seeds", *SURVEYS} and given.keys() & {"all", "fig", "run"}:
-        which = sorted(given.keys() & {"seeds", *SURVEYS})[0]
-        parser.error(f"--{which} DIR is about other runs than --all, --fig and --run: give it by itself")
+    if comparisons and given.keys() & {"all", "fig", "run"}:
+        which = f"--{comparisons[0]} DIR"
+        parser.error(f"{which} is about other runs than --all, --fig and --run: give it by itself")
     out, seed = given.get("out", "figures"), given.get("seed", 0)
 
     try:
@@ -2770,15 +2720,15 @@ def main():
             for number in sorted(FIGURES):
                 print(f"figure {number:2}  {FIGURES[number].title}")
             for name, claim in CLAIMS.items():
-                print(
-                    f"claim  {name}: {claim.text} (paper: {paper_text(claim.paper)}; figure {claim.figure})"
-                )
+                where = f"paper: {paper_text(claim.paper)}; figure {claim.figure}"
+                print(f"claim  {name}: {claim.text} ({where})")
         if "all" in given or "fig" in given:
             analyse(given.get("run", "weights"), seed, out, None if "all" in given else given["fig"])
-        if "seeds" in given:
-            compare_runs(given["seeds"], seed, out)
-        for kind in given.keys() & SURVEYS.keys():
-            survey(kind, given[kind], seed, out)
+        for kind in comparisons:
+            if kind == "seeds":
+                compare_runs(given["seeds"], seed, out)
+            else:
+                survey(kind, given[kind], seed, out)
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
     except KeyboardInterrupt:

@@ -445,32 +445,38 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-class Progress:
-    """One line on a terminal, rewritten as training goes on; elsewhere, one for each row of the log."""
+class Line:
+    """A line on a terminal that is rewritten as work goes on; elsewhere, only lines that are to stay."""
 
-    def __init__(self, runs: list[Run]):
-        self.runs, self.first_step, self.start = runs, runs[0].step, time.perf_counter()
-        self.live = sys.stdout.isatty()
+    def __init__(self, stream):
+        self.stream, self.live = stream, stream.isatty()
 
-    def show(self, loss: float, new_row: bool):
-        run = self.runs[0]
-        if not (self.live or new_row):
-            return
-        rate = (run.step - self.first_step) / (time.perf_counter() - self.start)
-        left = (run.options.steps - run.step) / rate
-        left = f"{left / 60:.0f} min" if left >= 100 else f"{left:.0f} s"
-        held_out = f"{sum(r.log[-1][2] for r in self.runs) / len(self.runs):.2e}" if run.log else "none yet"
-        line = f"{len(self.runs)} seeds  " if len(self.runs) > 1 else ""
-        line += f"step {run.step:,}/{run.options.steps:,}  loss {loss:.2e}  held-out MSE {held_out}  "
-        line += f"{rate:.1f} steps/s  {left} left"
-        print(f"\r{line}\x1b[K" if self.live else line, end="" if self.live else "\n", flush=True)
+    def show(self, text: str, stay: bool = True):
+        if self.live:
+            print(f"\r{text}\x1b[K", end="", file=self.stream, flush=True)
+        elif stay:
+            print(text, file=self.stream, flush=True)
+
+    def clear(self):
+        self.show("", stay=False)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         if self.live:
-            print()  # so that what comes next, an error perhaps, has a line of its own
+            print(file=self.stream)  # so that what comes next, an error perhaps, has a line of its own
+
+
+def progress_text(runs: list[Run], first_step: int, seconds: float, loss: float) -> str:
+    """Where training is, its rate since `first_step` and the time left."""
+    run, seeds = runs[0], f"{len(runs)} seeds  " if len(runs) > 1 else ""
+    rate = (run.step - first_step) / seconds
+    left = (run.options.steps - run.step) / rate
+    left = f"{left / 60:.0f} min" if left >= 100 else f"{left:.0f} s"
+    held_out = f"{sum(r.log[-1][2] for r in runs) / len(runs):.2e}" if run.log else "none yet"
+    text = f"{seeds}step {run.step:,}/{run.options.steps:,}  loss {loss:.2e}  held-out MSE {held_out}  "
+    return f"{text}{rate:.1f} steps/s  {left} left"
 
 
 def train(runs: list[Run]) -> bool:
@@ -492,7 +498,8 @@ def train(runs: list[Run]) -> bool:
         for run in runs:
             run.save_step()
 
-    with StopRequest() as stop, Progress(runs) as progress:
+    first_step, start = step, clock
+    with StopRequest() as stop, Line(sys.stdout) as line:
         while step < options.steps and not end:
             room = min(CHUNK, options.steps - step, options.eval_every - step % options.eval_every)
             room = next((i for i in range(1, room) if is_kept(step + i)), room)
@@ -532,7 +539,8 @@ def train(runs: list[Run]) -> bool:
             if save:
                 saved = time.perf_counter()
                 cost = saved - now
-            progress.show(sum(map(sum, values)) / (done * len(runs)), new_row)
+            loss = sum(map(sum, values)) / (done * len(runs))
+            line.show(progress_text(runs, first_step, now - start, loss), stay=new_row)
     return step == options.steps
 
 
