@@ -27,7 +27,6 @@ import random
 import sys
 import textwrap
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 
@@ -71,41 +70,32 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Claim:
+class Entry:
+    """A claim or a figure."""
+
     text: str
-    paper: object  # the paper's value, None for a claim of ours
-    figure: int
-    unit: str  # of the values
     layers: int  # that a model must have for it
     tasks: str  # for which it has a meaning: affine, rotating (those of sequences that may be rotated) or any
-    find: Callable
+    function: Callable  # Study -> Finding, or -> matplotlib figure
+    paper: object = None  # the paper's value of a claim, None for one of ours
+    figure: int = 0  # where a claim is shown
+    unit: str = ""  # of a claim's values
 
     @property
     def rule(self) -> str:
-        return " ".join(inspect.getdoc(self.find).split())
+        return " ".join(inspect.getdoc(self.function).split())
 
 
-@dataclass(frozen=True)
-class Figure:
-    title: str
-    layers: int
-    tasks: str
-    draw: Callable
-
-    @property
-    def name(self) -> str:
-        return self.draw.__name__.removeprefix("figure_")
-
-
-CLAIMS: dict[str, Claim] = {}
-FIGURES: dict[int, Figure] = {}
+CLAIMS: dict[str, Entry] = {}
+FIGURES: dict[int, Entry] = {}
 
 
 def claim(text: str, paper, figure: int, unit: str, layers: int = 1, tasks: str = "affine") -> Callable:
     """Puts a function claim_NAME(study) -> Finding into CLAIMS as NAME."""
 
     def register(find: Callable) -> Callable:
-        CLAIMS[find.__name__.removeprefix("claim_")] = Claim(text, paper, figure, unit, layers, tasks, find)
+        name = find.__name__.removeprefix("claim_")
+        CLAIMS[name] = Entry(text, layers, tasks, find, paper, figure, unit)
         return find
 
     return register
@@ -115,7 +105,7 @@ def figure(number: int, title: str, layers: int = 1, tasks: str = "affine") -> C
     """Puts a function figure_NAME(study) -> matplotlib figure into FIGURES; it is drawn to figNN_NAME.png."""
 
     def register(draw: Callable) -> Callable:
-        FIGURES[number] = Figure(title, layers, tasks, draw)
+        FIGURES[number] = Entry(title, layers, tasks, draw)
         return draw
 
     return register
@@ -161,6 +151,11 @@ def percentiles(values: Tensor) -> Tensor:
     return values.flatten().double().quantile(torch.tensor([0.05, 0.5, 0.95]).double())
 
 
+def middle(values: Tensor) -> list[float]:
+    """From 2.5% to 97.5% of the values."""
+    return values.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+
+
 def bootstrap(values: Tensor, generator: torch.Generator) -> list[float]:
     """95% interval of the mean of `values` [n] or [groups, n], resampled over n in each group."""
     means = torch.zeros(RESAMPLES, dtype=torch.double)
@@ -168,19 +163,17 @@ def bootstrap(values: Tensor, generator: torch.Generator) -> list[float]:
     for row in rows:
         picks = torch.randint(len(row), (RESAMPLES, len(row)), generator=generator)
         means += row[picks].mean(1) / len(rows)
-    return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return middle(means)
 
 
 def resampled(statistic: Callable[[Tensor], Tensor], count: int, generator: torch.Generator) -> list[float]:
     """95% interval of a statistic of `count` sequences, a function of the indices of those drawn, [count]."""
     draws = [torch.randint(count, (count,), generator=generator) for _ in range(RESAMPLES // 5)]
-    values = torch.stack([statistic(picks) for picks in draws]).double()
-    return values.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return middle(torch.stack([statistic(picks) for picks in draws]))
 
 
 def median_interval(values: Tensor, owners: Tensor, generator: torch.Generator) -> list[float]:
-    """95% interval of the median of `values` [n], resampled by the sequence that each belongs to, `owners`
-    [n]."""
+    """95% interval of the median of values [n], resampled by the sequence each belongs to, owners [n]."""
     order, count = values.argsort(), int(owners.max()) + 1
 
     def weighted_median(picks: Tensor) -> Tensor:  # the first value to reach half of the weight
@@ -191,8 +184,7 @@ def median_interval(values: Tensor, owners: Tensor, generator: torch.Generator) 
 
 
 def ratio_interval(numerators: Tensor, denominators: Tensor, generator: torch.Generator) -> list[float]:
-    """95% interval of sum(numerators) / sum(denominators), each [n], resampled over n (to first order in the
-    noise)."""
+    """95% interval of sum(numerators) / sum(denominators), each [n], over n (to first order in the noise)."""
     ratio = numerators.sum() / denominators.sum()
     return bootstrap(ratio + (numerators - ratio * denominators) / denominators.mean(), generator)
 
@@ -215,14 +207,8 @@ class Study:
     name of what it was trained on.
     """
 
-    def __init__(
-        self,
-        transformer: Transformer,
-        seed: int,
-        size: int = 0,
-        log: np.ndarray | None = None,
-        task: str = "affine",
-    ):
+    def __init__(self, transformer: Transformer, seed: int, size: int = 0,
+                 log: dict[str, np.ndarray] | None = None, task: str = "affine"):
         self.model = fold(transformer).requires_grad_(False)
         self.seed, self.size, self.log = seed, size or POPULATION, log
         self.task_name, self.task = task, data.find_task(task)
@@ -289,22 +275,14 @@ class Study:
     def test_activations(self) -> dict[str, Tensor]:
         """What interventions on the test sequences start from: hook_resid_pre of every layer and after the
         last one, and the final scale."""
-        names, post = (
-            [f"blocks.{l}.hook_resid_pre" for l in self.layers],
-            f"blocks.{len(self.layers) - 1}.hook_resid_post",
-        )
+        names = [f"blocks.{l}.hook_resid_pre" for l in self.layers]
+        post = f"blocks.{len(self.layers) - 1}.hook_resid_post"
         kept = self.record(self.test.a[:, :-1], *names, post, "ln_final.hook_scale")
         return kept | {f"blocks.{len(self.layers)}.hook_resid_pre": kept[post]}
 
-    def errors(
-        self,
-        layer: int = 0,
-        hooks: dict[str, Callable] | None = None,
-        model: Transformer | None = None,
-        held: dict[str, Tensor] | None = None,
-        kept: dict[str, list[Tensor]] | None = None,
-        count: int | None = None,
-    ) -> Tensor:
+    def errors(self, layer: int = 0, hooks: dict[str, Callable] | None = None,
+               model: Transformer | None = None, held: dict[str, Tensor] | None = None,
+               kept: dict[str, list[Tensor]] | None = None, count: int | None = None) -> Tensor:
         """MSE of each of the first `count` test sequences, under an intervention that changes nothing before
         `layer`.
 
@@ -331,12 +309,8 @@ class Study:
 
     def compare(self, errors: Tensor) -> dict:
         """MSE of an arm, its ratio to the unchanged model's and the interval of their difference."""
-        difference = bootstrap(errors - self.baseline, self.generator("compare"))
-        return {
-            "mse": errors.mean(),
-            "factor": errors.mean() / self.baseline.mean(),
-            "difference": difference,
-        }
+        gap = bootstrap(errors - self.baseline, self.generator("compare"))
+        return {"mse": errors.mean(), "factor": errors.mean() / self.baseline.mean(), "difference": gap}
 
     @functools.cached_property
     def weights(self) -> dict[float, "Weights"]:
@@ -355,48 +329,30 @@ def open_study(run: str, seed: int) -> Study:
     return Study(load_weights(weights), seed, log=read_log(os.path.join(run, "log.csv")), task=task)
 
 
-def read_log(path: str) -> np.ndarray:
-    """log.csv as a structured array. FileNotFoundError or ValueError unless it is one, and finite."""
+def read_log(path: str) -> dict[str, np.ndarray]:
+    """The columns of log.csv by name. FileNotFoundError or ValueError unless it is one, and finite."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no training log at {path}")
-    with warnings.catch_warnings(), open(path, errors="replace") as f:
-        warnings.simplefilter("ignore")  # an empty file is reported below
-        lines = f.read().splitlines()
-        rows = np.genfromtxt(lines, delimiter=",", names=True, invalid_raise=False) if lines else np.empty(0)
-    rows = np.atleast_1d(rows)
-    names = rows.dtype.names or ()
-    good = (
-        names[:3] == ("step", "loss", "eval_mse")
-        and len(rows)
-        and all(np.isfinite(rows[n]).all() for n in names)
-    )
+    try:
+        with open(path, errors="replace") as f:
+            names, *rows = (line.split(",") for line in f.read().split())
+        columns = dict(zip(names, np.array(rows, dtype=float).T, strict=True))
+        good = names[:3] == ["step", "loss", "eval_mse"] and np.isfinite(list(columns.values())).all()
+    except ValueError:  # no rows, ragged ones, or words in them
+        good = False
     if not good:
-        raise ValueError(
-            f"{path} is no training log: expected columns step,loss,eval_mse,.. and a row of numbers"
-        )
-    return rows
+        wanted = "expected columns step,loss,eval_mse,.. and a row of numbers"
+        raise ValueError(f"{path} is no training log: {wanted}")
+    return columns
 
 
 # Drawing
 
-TRUTH, MODEL, LENS, OTHER = (
-    "tab:blue",
-    "tab:orange",
-    "tab:red",
-    "tab:green",
-)  # one colour for one thing everywhere
+TRUTH, MODEL, LENS, OTHER = "tab:blue", "tab:orange", "tab:red", "tab:green"  # for one thing everywhere
 LAYER_COLORS = (TRUTH, OTHER, LENS)
-STYLE = {
-    "figure.dpi": 130,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "figure.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "image.interpolation": "nearest",
-    "image.aspect": "auto",
-}
+STYLE = {"figure.dpi": 130, "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 11,
+         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+         "image.interpolation": "nearest", "image.aspect": "auto"}
 
 
 def grid(rows: int, columns: int, width: float, height: float, title: str, **options):
@@ -416,15 +372,8 @@ def heat(axes, matrix: Tensor, limit: float | None = None):
         axis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     for (row, column), value in np.ndenumerate(matrix.numpy()) if matrix.numel() <= 64 else ():
         color = "white" if abs(value) > 0.6 * high else "black"
-        axes.text(
-            column,
-            row,
-            f"{value:.{2 if high >= 0.1 else 3}f}",
-            ha="center",
-            va="center",
-            fontsize=7,
-            color=color,
-        )
+        axes.text(column, row, f"{value:.{2 if high >= 0.1 else 3}f}", ha="center", va="center", fontsize=7,
+                  color=color)
     return image
 
 
@@ -473,14 +422,10 @@ def predictions(study: Study, a: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     first, task = study.task.first, study.task
     coefficients, _ = regress(*neighbours(study.population.a, first, first + 1))
     target, *known = neighbours(a, first, first + 1)
-    found = {
-        "zero": torch.zeros_like(target),
-        "last vector": known[0],
-        "best linear": sum(factor * x for factor, x in zip(coefficients, known)),
-        "exact solver": task.solve(a[:, :-1]),
-        "two-step rule": task.rule and task.rule(a[:, :-1]),
-        "model": torch.cat([study.model(x) for x in a[:, :-1].split(100)])[:, first:],
-    }
+    found = {"zero": torch.zeros_like(target), "last vector": known[0],
+             "best linear": sum(factor * x for factor, x in zip(coefficients, known)),
+             "exact solver": task.solve(a[:, :-1]), "two-step rule": task.rule and task.rule(a[:, :-1]),
+             "model": torch.cat([study.model(x) for x in a[:, :-1].split(100)])[:, first:]}
     return target, {name: value for name, value in found.items() if value is not None}
 
 
@@ -503,11 +448,9 @@ def claim_mse(study: Study) -> Finding:
     measured = errors.mean()
     first, lengths = study.task.first, study.task.lengths
     fourteen = ((study.activations["output"] - study.population.a[:, 1:])[:, first:] ** 2).mean(-1)
-    control = {
-        f"by length, {lengths[0]} to {lengths[-1]}": errors.mean(1),
-        f"14 inputs, by position {first} to 13": fourteen.mean(0),
-        "14 inputs, interval": bootstrap(fourteen.mean(1), study.generator("mse 14")),
-    }
+    control = {f"by length, {lengths[0]} to {lengths[-1]}": errors.mean(1),
+               f"14 inputs, by position {first} to 13": fourteen.mean(0),
+               "14 inputs, interval": bootstrap(fourteen.mean(1), study.generator("mse 14"))}
     rivals = [name for name in by_length[0] if name != "model"]
     control |= {name: torch.stack([e[name].mean() for e in by_length]).mean() for name in rivals}
     if study.log is not None:
@@ -585,13 +528,10 @@ def figure_out_of_distribution(study: Study):
     }
     for i, (axes, (xlabel, (inside, settings))) in enumerate(zip(panels.flat, shown.items())):
         part = slice(-1, None) if i == 3 else slice(None)  # with noise, the vectors in between are no targets
-        means = [
-            {name: e[:, part].mean() for name, e in predictor_errors(study, x).items()}
-            for x in settings.values()
-        ]
-        draw_errors(
-            axes, list(settings), {name: [mean[name] / mean["zero"] for mean in means] for name in means[0]}
-        )
+        means = [{name: e[:, part].mean() for name, e in predictor_errors(study, x).items()}
+                 for x in settings.values()]
+        draw_errors(axes, list(settings),
+                    {name: [mean[name] / mean["zero"] for mean in means] for name in means[0]})
         low, high = min(settings), max(settings)
         axes.set(xlabel=xlabel, xlim=(low, high), xscale="log" if i > 1 else "linear")
         for left, right in ((low, inside[0]), (inside[1], high)) if inside else ((low, high),):
@@ -644,21 +584,17 @@ def alternation(pattern: Tensor) -> dict[str, Tensor]:
     return {name: torch.stack(values).mean((0, 1)) for name, values in named.items()}
 
 
-@claim(
-    "layer 0 heads, all but one, attend to the previous vector", "7 of 8 heads", 3, "attention", tasks="any"
-)
+@claim("layer 0 heads, all but one, attend to the previous vector", "7 of 8 heads", 3, "attention",
+       tasks="any")
 def claim_l0_prev_token(study: Study) -> Finding:
     """Attention from positions 1 to 13 to the one before, by head. More than half of the attention in all
     heads but at most one; partly in more than half of the heads."""
     score = previous_token_score(study.activations["blocks.0.attn.hook_pattern"])
     heads, n_heads = int((score > 0.5).sum()), len(study.heads)
-    control = {
-        "heads that do": heads,
-        "uniform attention": previous_token_score(uniform_pattern(MAX_LENGTH))[0],
-    }
-    return Finding(
-        score, verdict(heads >= n_heads - 1, heads > n_heads / 2), {"heads": score.mean()}, control
-    )
+    control = {"heads that do": heads,
+               "uniform attention": previous_token_score(uniform_pattern(MAX_LENGTH))[0]}
+    return Finding(score, verdict(heads >= n_heads - 1, heads > n_heads / 2), {"heads": score.mean()},
+                   control)
 
 
 @claim("most layer 1 heads attend to the second vector", "most", 4, "attention", 2, tasks="any")
@@ -668,10 +604,8 @@ def claim_l1_second_token(study: Study) -> Finding:
     them."""
     pattern = study.activations["blocks.1.attn.hook_pattern"]
     score, n_heads = second_token_score(pattern), len(study.heads)
-    uniform, favourite = (
-        second_token_score(uniform_pattern(MAX_LENGTH))[0],
-        pattern[:, :, 3:].mean((0, 2)).argmax(-1),
-    )
+    uniform, favourite = (second_token_score(uniform_pattern(MAX_LENGTH))[0],
+                          pattern[:, :, 3:].mean((0, 2)).argmax(-1))
     heads = int(((favourite == 1) & (score >= 2 * uniform)).sum())
     control = {"heads that do": heads, "most attended position": favourite, "uniform attention": uniform}
     control["heads with more than half of their attention there"] = int((score > 0.5).sum())
@@ -686,9 +620,8 @@ def claim_l2_checkerboard(study: Study) -> Finding:
     kind does not enter. Both in more than half of the heads; partly if the first is so in more than half of
     them, or both in at least two."""
     name, n_heads = "blocks.2.attn.hook_pattern", len(study.heads)
-    here, there = (
-        alternation(study.record(s.a[:, :-1], name)[name]) for s in (study.alternating, study.steady)
-    )
+    here, there = (alternation(study.record(s.a[:, :-1], name)[name])
+                   for s in (study.alternating, study.steady))
     shows = here["share"] >= 0.5
     both = int((shows & (there["share"] <= here["share"] / 2)).sum())
     control = {"heads that do": both, "c near 1": there["share"]}
@@ -718,18 +651,16 @@ def draw_patterns(patterns: Tensor, title: str, labels: Iterable[str]):
 def figure_attention_layer_0(study: Study):
     pattern = study.activations["blocks.0.attn.hook_pattern"]
     labels = (f"{score:.2f} to the previous" for score in previous_token_score(pattern))
-    return draw_patterns(
-        pattern.mean(0), f"Layer 0 attention patterns, mean over {study.size:,} sequences", labels
-    )
+    return draw_patterns(pattern.mean(0), f"Layer 0 attention patterns, mean over {study.size:,} sequences",
+                         labels)
 
 
 @figure(4, "layer 1 attention patterns", layers=2, tasks="any")
 def figure_attention_layer_1(study: Study):
     pattern = study.activations["blocks.1.attn.hook_pattern"]
     labels = (f"{score:.2f} to the second" for score in second_token_score(pattern))
-    return draw_patterns(
-        pattern.mean(0), f"Layer 1 attention patterns, mean over {study.size:,} sequences", labels
-    )
+    return draw_patterns(pattern.mean(0), f"Layer 1 attention patterns, mean over {study.size:,} sequences",
+                         labels)
 
 
 def draw_layer_2(study: Study, sample: data.Sample, c: float, kind: str):
@@ -765,15 +696,12 @@ def figure_attention_example(study: Study):
 # ------------------------------------------------------------------------------------------------------------
 # 4.3 Direct logit attributions
 
-READINGS = {
-    "paper, next": "(a) the paper's: ln_final on the component alone",
-    "standard, next": "(b) standard: the scale of the whole residual stream",
-}
+READINGS = {"paper, next": "(a) the paper's: ln_final on the component alone",
+            "standard, next": "(b) standard: the scale of the whole residual stream"}
 
 
-def direct_attribution(
-    model: Transformer, component: Tensor, target: Tensor, scale: Tensor | None = None
-) -> Tensor:
+def direct_attribution(model: Transformer, component: Tensor, target: Tensor,
+                       scale: Tensor | None = None) -> Tensor:
     """Direct logit attribution: <ln_final(component) W_U, target>.
 
     component: what something adds to the residual stream, [batch, pos, ..., d_model]; target [batch, pos,
@@ -802,24 +730,16 @@ def attributions(study: Study, hook: str) -> dict[str, Tensor]:
     scales = {"paper": None, "standard": kept["ln_final.hook_scale"]}
 
     def mean(scale, target) -> Tensor:
-        each = (
-            direct_attribution(study.model, kept[f"blocks.{l}.{hook}"], target, scale) for l in study.layers
-        )
+        each = (direct_attribution(study.model, kept[f"blocks.{l}.{hook}"], target, scale)
+                for l in study.layers)
         return torch.stack([layer.mean(0) for layer in each]).movedim(1, -1)
 
-    return {
-        f"{name}, {goal}": mean(s, target) for name, s in scales.items() for goal, target in targets.items()
-    }
+    return {f"{name}, {goal}": mean(s, target) for name, s in scales.items()
+            for goal, target in targets.items()}
 
 
-@claim(
-    "direct attribution: layer 0 > 0, layer 1 near 0, layer 2 < 0",
-    "+, 0, -",
-    7,
-    "dot product",
-    3,
-    tasks="any",
-)
+@claim("direct attribution: layer 0 > 0, layer 1 near 0, layer 2 < 0", "+, 0, -", 7, "dot product", 3,
+       tasks="any")
 def claim_dla_sign(study: Study) -> Finding:
     """Mean over positions 2 to 13, ln_final on the head's output alone (the paper's reading), target a_{m+1};
     then the same for a_{m+1} - a_m. Averaged over the heads layer 0 is positive, layer 2 negative and layer 1
@@ -846,16 +766,12 @@ def figure_head_attribution(study: Study):
         by_position = found[name]  # [layer, head, pos]
         mean, rows = by_position[..., study.task.first :].mean(-1), by_position.flatten(0, 1)
         canvas.colorbar(heat(top, mean, mean.abs().max()), ax=top, label="dot product")
-        top.set(
-            title=f"{title}\nmean over positions {study.task.first} to {MAX_LENGTH - 1}",
-            xlabel="head",
-            ylabel="layer",
-        )
+        top.set(title=f"{title}\nmean over positions {study.task.first} to {MAX_LENGTH - 1}", xlabel="head",
+                ylabel="layer")
         canvas.colorbar(heat(bottom, rows, rows.abs().max()), ax=bottom, label="dot product")
         bottom.set(title="by position", xlabel="position", ylabel="layer.head")
-        bottom.set_yticks(
-            range(len(rows)), [f"{l}.{h}" for l in study.layers for h in study.heads], fontsize=7
-        )
+        bottom.set_yticks(range(len(rows)), [f"{l}.{h}" for l in study.layers for h in study.heads],
+                          fontsize=7)
         for layer in study.layers[1:]:
             bottom.axhline(len(study.heads) * layer - 0.5, color="black", lw=0.8)
     return canvas
@@ -906,9 +822,8 @@ def copied(study: Study, resid: Tensor) -> tuple[Tensor, Tensor]:
     vectors [..., d_model] -> their data coordinates x W_E^+ and ln1(x) OV W_U, each [..., d_vocab]."""
     model = study.model
     normalised = F.layer_norm(resid, resid.shape[-1:], eps=model.config.eps)
-    return resid @ torch.linalg.pinv(model.embed.W_E), normalised @ ov_circuit(model, 0).sum(
-        0
-    ) @ model.unembed.W_U
+    written = normalised @ ov_circuit(model, 0).sum(0) @ model.unembed.W_U
+    return resid @ torch.linalg.pinv(model.embed.W_E), written
 
 
 def large_vectors(study: Study) -> Tensor:
@@ -927,16 +842,13 @@ def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     model, a, resid = study.model, study.population.a[:, :-1], study.activations["blocks.0.hook_resid_pre"]
     ov, large = ov_circuit(model, 0), large_vectors(study)
     written, normalised = copied(study, resid)[1], study.activations["blocks.0.ln1.hook_normalized"]
-    return {
-        "data vectors": fit_line(a[large], written[large]),
-        "data vectors of any norm": fit_line(a, written),
-        "each head": fit_line(
-            a[large], torch.einsum("nd,hdv->hnv", normalised[large], ov @ model.unembed.W_U)
-        ),
-        "random vectors": fit_line(*copied(study, random_vectors(study))),
-        "weights alone, without ln1 and position": fit_line(a, a @ full_ov_circuit(model, 0).sum(0)),
-        "d_model coordinates, as the paper says": fit_line(resid, resid @ ov.sum(0)),
-    }
+    return {"data vectors": fit_line(a[large], written[large]),
+            "data vectors of any norm": fit_line(a, written),
+            "each head": fit_line(a[large],
+                                  torch.einsum("nd,hdv->hnv", normalised[large], ov @ model.unembed.W_U)),
+            "random vectors": fit_line(*copied(study, random_vectors(study))),
+            "weights alone, without ln1 and position": fit_line(a, a @ full_ov_circuit(model, 0).sum(0)),
+            "d_model coordinates, as the paper says": fit_line(resid, resid @ ov.sum(0))}
 
 
 def layer_0_adds(study: Study, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -954,13 +866,11 @@ def ov_control(study: Study, part: int) -> dict:
     mixed = torch.stack(
         [a[:, p].roll(p, 0) for p in range(a.shape[1])], 1
     )  # each vector from another recurrence
-    return {
-        "5%, 50%, 95% of the vectors": percentiles(fits["data vectors"][part]),
-        "each head": fits["each head"][part].median(1).values,
-        **{name: fit[part].median() for name, fit in fits.items() if name != "each head"},
-        "all of layer 0 against a_n-1": layer_0_adds(study, a)[part].median(),
-        "the same on vectors of different recurrences": layer_0_adds(study, mixed)[part].median(),
-    }
+    return {"5%, 50%, 95% of the vectors": percentiles(fits["data vectors"][part]),
+            "each head": fits["each head"][part].median(1).values,
+            **{name: fit[part].median() for name, fit in fits.items() if name != "each head"},
+            "all of layer 0 against a_n-1": layer_0_adds(study, a)[part].median(),
+            "the same on vectors of different recurrences": layer_0_adds(study, mixed)[part].median()}
 
 
 @claim("layer 0 OV is linear on residual stream vectors: R^2", 0.83, 8, "R^2", tasks="any")
@@ -970,10 +880,8 @@ def claim_l0_ov_r2(study: Study) -> Finding:
     r2, control = ov_fits(study)["data vectors"][2], ov_control(study, 2)
     measured = r2.median()
     interval = median_interval(r2, large_vectors(study).nonzero()[:, 0], study.generator("r2"))
-    values = {
-        "data vectors": measured,
-        "d_model coordinates": control["d_model coordinates, as the paper says"],
-    }
+    values = {"data vectors": measured,
+              "d_model coordinates": control["d_model coordinates, as the paper says"]}
     return Finding(measured, verdict(measured >= 0.73, measured >= 0.5), values, control, interval)
 
 
@@ -1000,9 +908,8 @@ def claim_l0_ov_intercept(study: Study) -> Finding:
     measured, widest = intercept.median(), intercept.abs().double().quantile(0.95)
     values, control = {"median": measured, "95% within": widest}, {"5%, 50%, 95%": percentiles(intercept)}
     how = verdict(widest <= 0.1, intercept.abs().mean() <= 0.1)
-    return Finding(
-        measured, how, values, control, median_interval(intercept, owners, study.generator("intercept"))
-    )
+    return Finding(measured, how, values, control,
+                   median_interval(intercept, owners, study.generator("intercept")))
 
 
 @claim("the same R^2 on random vectors, lower", 0.598, 10, "R^2", tasks="any")
@@ -1015,16 +922,13 @@ def claim_l0_ov_r2_random(study: Study) -> Finding:
     interval = median_interval(r2, torch.arange(len(r2)), study.generator("r2 random"))
     measured, resid = r2.median(), fits["data vectors"][2].median()
     lower, visible = resid - measured >= 0.1, measured >= 0.25
-    values, control = (
-        {"random vectors": measured, "residual stream": resid},
-        {"5%, 50%, 95%": percentiles(r2)},
-    )
+    values, control = ({"random vectors": measured, "residual stream": resid},
+                       {"5%, 50%, 95%": percentiles(r2)})
     return Finding(measured, verdict(lower and visible, lower or visible), values, control, interval)
 
 
-@claim(
-    "share of the norm of layer 0's OV x outside the span of W_E", 0.8415, 9, "share of the norm", tasks="any"
-)
+@claim("share of the norm of layer 0's OV x outside the span of W_E", 0.8415, 9, "share of the norm",
+       tasks="any")
 def claim_l0_orthogonal(study: Study) -> Finding:
     """Mean over residual stream vectors, OV summed over heads. Within 0.05 of 0.8415, and above what a random
     direction has, since a share below that would say that the circuit prefers the embedding space; partly if
@@ -1055,23 +959,19 @@ def scatter_fit(axes, x: Tensor, y: Tensor, title: str, xlabel: str, ylabel: str
 @figure(8, "OV of layer 0 on residual stream vectors")
 def figure_ov_layer_0_resid(study: Study):
     batch, position = pick(study.population, 1.1), MAX_LENGTH - 1
-    resid, a = (
-        study.activations["blocks.0.hook_resid_pre"][batch, position],
-        study.population.a[batch, position],
-    )
+    resid, a = (study.activations["blocks.0.hook_resid_pre"][batch, position],
+                study.population.a[batch, position])
     canvas, panels = grid(2, 2, 9, 6.6, "OV of layer 0 on residual stream vectors, heads summed")
     title, names = "one vector, between data vectors", ("$a_d$", "$(\\ln_1(x)\\;OV\\;W_U)_d$")
     scatter_fit(panels[0, 0], a, copied(study, resid)[1], title, *names)
     title = "the same in the 128 coordinates that the paper names"
-    scatter_fit(
-        panels[0, 1], resid, resid @ ov_circuit(study.model, 0).sum(0), title, "$x_d$", "$(OV\\,x)_d$"
-    )
+    scatter_fit(panels[0, 1], resid, resid @ ov_circuit(study.model, 0).sum(0), title, "$x_d$",
+                "$(OV\\,x)_d$")
     slope, _, r2 = ov_fits(study)["data vectors"]
     panels[1, 0].hist(slope, bins=60, color=TRUTH)
     panels[1, 0].axvspan(2.1, 2.5, color="0.85", zorder=0, label="paper: 2.1 to 2.5")
-    panels[1, 0].set(
-        title=f"slope, {len(slope):,} vectors of norm at least 1", xlabel="slope", ylabel="vectors"
-    )
+    panels[1, 0].set(title=f"slope, {len(slope):,} vectors of norm at least 1", xlabel="slope",
+                     ylabel="vectors")
     panels[1, 1].hist(r2, bins=np.linspace(0, 1, 61), color=TRUTH)
     panels[1, 1].axvline(0.83, color="0.6", ls="--", label="paper: 0.83")
     panels[1, 1].set(title=f"$R^2$, median {r2.median():.2f}", xlabel="$R^2$ of the line", ylabel="vectors")
@@ -1084,10 +984,8 @@ def figure_ov_layer_0_resid(study: Study):
 def figure_ov_layer_0_sum(study: Study):
     resid, full = ov_circuit(study.model, 0).sum(0), full_ov_circuit(study.model, 0).sum(0)
     canvas, panels = grid(1, 2, 10, 4.6, "Sum of the OV circuits over all heads of layer 0")
-    names = (
-        ("$W_V W_O$, as in the paper", "residual stream"),
-        ("$W_E W_V W_O W_U$, between data vectors", "data"),
-    )
+    names = (("$W_V W_O$, as in the paper", "residual stream"),
+             ("$W_E W_V W_O W_U$, between data vectors", "data"))
     for axes, matrix, (title, name) in zip(panels, (resid, full), names):
         canvas.colorbar(heat(axes, matrix, matrix.abs().max()), ax=axes, label="weight")
         axes.set(title=f"{title}: cosine with I {identity_cosine(matrix):.2f}")
@@ -1132,21 +1030,16 @@ def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
     the unchanged model with only the scale of the mean-ablated one.
     """
     scale, found = "ln_final.hook_scale", {}
-    values = {
-        "mean": interventions.mean_outputs(study.activations),
-        "mean over positions": interventions.mean_outputs(study.activations, over_positions=True),
-        "zero": interventions.zero_outputs(study.model),
-    }
+    values = {"mean": interventions.mean_outputs(study.activations),
+              "mean over positions": interventions.mean_outputs(study.activations, over_positions=True),
+              "zero": interventions.zero_outputs(study.model)}
     for l in study.layers:
         for what, heads, mlps in (("heads", interventions.layer_heads(study.model, l), []), ("MLP", [], [l])):
-            hooks = {
-                kind: interventions.replace_outputs(value, heads, mlps) for kind, value in values.items()
-            }
+            hooks = {kind: interventions.replace_outputs(value, heads, mlps)
+                     for kind, value in values.items()}
             kept: dict[str, list[Tensor]] = {scale: []}
-            arms = {
-                kind: study.errors(l, hook, kept=kept if kind == "mean" else None)
-                for kind, hook in hooks.items()
-            }
+            arms = {kind: study.errors(l, hook, kept=kept if kind == "mean" else None)
+                    for kind, hook in hooks.items()}
             clean, ablated = study.test_activations[scale], torch.cat(kept[scale])
             arms["mean, clean scale"] = study.errors(l, hooks["mean"], held={scale: clean})
             arms["scale alone"] = study.errors(len(study.layers), held={scale: ablated})
@@ -1191,10 +1084,8 @@ def claim_l1_ov_effective_rank(study: Study) -> Finding:
     measured = ranks[1, 0]
     how = verdict(measured <= 0.5 * untrained, measured <= 0.9 * untrained and measured < ranks[-1].mean())
     values = {"head 0": measured, "layer 1": ranks[1].mean(), "last layer": ranks[-1].mean()}
-    control = {
-        "all heads": ranks,
-        "share of the squared norm in the first direction": s[0] ** 2 / (s**2).sum(),
-    }
+    control = {"all heads": ranks, "share of the squared norm in the first direction": s[0] ** 2
+               / (s**2).sum()}
     return Finding(measured, how, values, control)
 
 
@@ -1212,9 +1103,8 @@ def draw_circuit(circuits: Tensor, title: str, xlabel: str, ylabel: str):
         axes.set_title(f"head {name}: {identity_cosine(circuits[int(name)]):.2f}")
         if name != "0":
             axes.set(xticks=[], yticks=[])
-    panels["0"].set(
-        title=f"head 0: cosine with I {identity_cosine(circuits[0]):.2f}", xlabel=xlabel, ylabel=ylabel
-    )
+    panels["0"].set(title=f"head 0: cosine with I {identity_cosine(circuits[0]):.2f}", xlabel=xlabel,
+                    ylabel=ylabel)
     label = "weight (ends of the scale: 99.95th percentile)"
     canvas.colorbar(image, ax=list(panels.values()), label=label, shrink=0.8)
     return canvas
@@ -1302,9 +1192,8 @@ def lens(study: Study, hook: str) -> Tensor:
     return study.model.run_from(len(study.layers), study.activations[hook])
 
 
-@claim(
-    "the residual stream after layer 0, unembedded, is a fair estimate", "Figure 14", 14, "explained share"
-)
+@claim("the residual stream after layer 0, unembedded, is a fair estimate", "Figure 14", 14,
+       "explained share")
 def claim_lens_after_l0(study: Study) -> Finding:
     """Unembedded as the model does it, with ln_final. 1 - MSE / MSE of predicting 0, positions 2 to 13. Fair:
     at least nine tenths of what the best fixed linear predictor from a_n and a_{n-1} explains; partly if,
@@ -1318,17 +1207,13 @@ def claim_lens_after_l0(study: Study) -> Finding:
     nothing_each = squared_errors(torch.zeros_like(target), target)
     low, high = ratio_interval(squared_errors(after, target), nothing_each, study.generator("lens"))
     values = {"as it is": measured, "rescaled": rescaled, "best linear": linear}
-    control = {
-        "coefficients of the best linear predictor": coefficients,
-        "the best constant": factor,
-        "repeating the last vector": explained(study.population.a[:, :-1]),
-        "before layer 0": explained(lens(study, "blocks.0.hook_resid_pre")),
-        "after layer 0's attention": explained(lens(study, "blocks.0.hook_resid_mid")),
-        "the model": explained(study.activations["output"]),
-    }
-    return Finding(
-        measured, verdict(measured >= 0.9 * linear, rescaled >= 0.5), values, control, [1 - high, 1 - low]
-    )
+    control = {"coefficients of the best linear predictor": coefficients, "the best constant": factor,
+               "repeating the last vector": explained(study.population.a[:, :-1]),
+               "before layer 0": explained(lens(study, "blocks.0.hook_resid_pre")),
+               "after layer 0's attention": explained(lens(study, "blocks.0.hook_resid_mid")),
+               "the model": explained(study.activations["output"])}
+    return Finding(measured, verdict(measured >= 0.9 * linear, rescaled >= 0.5), values, control,
+                   [1 - high, 1 - low])
 
 
 @figure(14, "residual stream after layer 0 against the true output")
@@ -1338,18 +1223,12 @@ def figure_lens_after_layer_0(study: Study):
     truth, last, before = neighbours(study.population.a)
     (beta, alpha), _ = regress(truth, last, before)
     best = f"{beta:.2f} $a_n$ + {alpha:.2f} $a_{{n-1}}$, the best\nfixed linear predictor"
-    lines = {
-        "true next vector": (truth, {"color": TRUTH, "marker": "o", "ms": 4}),
-        "after layer 0": (
-            lens(study, "blocks.0.hook_resid_post")[:, FIRST_POSITION:],
-            {"color": LENS, "marker": "."},
-        ),
-        "model's output": (
-            study.activations["output"][:, FIRST_POSITION:],
-            {"color": MODEL, "ls": "--", "marker": "."},
-        ),
-        best: (beta * last + alpha * before, {"color": "0.6", "lw": 1}),
-    }
+    lines = {"true next vector": (truth, {"color": TRUTH, "marker": "o", "ms": 4}),
+             "after layer 0": (lens(study, "blocks.0.hook_resid_post")[:, FIRST_POSITION:],
+                               {"color": LENS, "marker": "."}),
+             "model's output": (study.activations["output"][:, FIRST_POSITION:],
+                                {"color": MODEL, "ls": "--", "marker": "."}),
+             best: (beta * last + alpha * before, {"color": "0.6", "lw": 1})}
     for column, c in enumerate((-1.0, 0.6, 1.2)):
         i = pick(study.population, c)
         for dimension, axes in enumerate(panels[:, column]):
@@ -1378,9 +1257,8 @@ def claim_eigenvalue_score(study: Study) -> Finding:
 def figure_eigenvalue_scores(study: Study):
     canvas, panels = grid(1, 2, 10, 2.8, "Eigenvalue scores of the OV circuits")
     both = ov_eigenvalue_scores(study.model), full_eigenvalue_scores(study.model)
-    for axes, scores, title in zip(
-        panels, both, ("$W_V W_O$, as in the paper", "$W_E W_V W_O W_U$, the full circuit")
-    ):
+    for axes, scores, title in zip(panels, both,
+                                   ("$W_V W_O$, as in the paper", "$W_E W_V W_O W_U$, the full circuit")):
         image = heat(axes, scores, 1.0)
         axes.set(title=title, xlabel="head", ylabel="layer")
     canvas.colorbar(image, ax=panels, label="score: 1 copies, -1 negates")
@@ -1397,18 +1275,15 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
 
     def replaced(change: Callable, purpose: str, heads: list[int] = heads) -> Tensor:
         generator = study.generator(purpose)
-        return torch.stack(
-            [study.errors(2, model=change(model, 2, heads, generator)) for _ in range(QK_DRAWS)]
-        )
+        return torch.stack([study.errors(2, model=change(model, 2, heads, generator))
+                            for _ in range(QK_DRAWS)])
 
     mean = interventions.mean_outputs(study.activations)
     draws = replaced(interventions.pseudoinverse_qk, f"pinv {heads}")
-    arms = {
-        "pseudoinverse": draws.mean(0),
-        "uniform": study.errors(2, model=interventions.replace_qk(model, 2, heads, 0.0, 0.0)),
-        "random": replaced(interventions.random_qk, "random qk").mean(0),
-        "mean ablation": study.errors(2, interventions.replace_outputs(mean, [(2, h) for h in heads])),
-    }
+    arms = {"pseudoinverse": draws.mean(0),
+            "uniform": study.errors(2, model=interventions.replace_qk(model, 2, heads, 0.0, 0.0)),
+            "random": replaced(interventions.random_qk, "random qk").mean(0),
+            "mean ablation": study.errors(2, interventions.replace_outputs(mean, [(2, h) for h in heads]))}
     gaps = {n: bootstrap(arms[n] - draws.mean(0), study.generator("compare")) for n in ("uniform", "random")}
     control = {name: study.compare(errors) for name, errors in arms.items()}
     values = {name: found["factor"] for name, found in control.items()}
@@ -1417,10 +1292,8 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
     everywhere = replaced(interventions.pseudoinverse_qk, f"pinv {list(study.heads)}", list(study.heads))
     control["pseudoinverse in all heads"] = study.compare(everywhere.mean(0))
     unchanged, telling = values["pseudoinverse"] <= 1.5, all(low > 0 for low, _ in gaps.values())
-    how, interval = (
-        verdict(unchanged and telling, unchanged or telling),
-        bootstrap(draws.mean(0), study.generator("pinv")),
-    )
+    how, interval = (verdict(unchanged and telling, unchanged or telling),
+                     bootstrap(draws.mean(0), study.generator("pinv")))
     return Finding(draws.mean(), how, values, control, interval)
 
 
@@ -1428,13 +1301,8 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
 # 4.7 Analysis of MLPs
 
 
-@claim(
-    "the MLPs push in the right direction mainly at the last positions",
-    "Figure 16",
-    16,
-    "dot product",
-    tasks="any",
-)
+@claim("the MLPs push in the right direction mainly at the last positions", "Figure 16", 16, "dot product",
+       tasks="any")
 def claim_mlp_dla(study: Study) -> Finding:
     """[layer][position], ln_final on the MLP's output alone, target a_{m+1}. Summed over layers positive at
     positions 11, 12 and 13 and there on average more than twice as large as at positions 2 to 10; partly if
@@ -1452,9 +1320,8 @@ def claim_mlp_dla(study: Study) -> Finding:
 
 @figure(16, "direct logit attribution of the MLPs", tasks="any")
 def figure_mlp_attribution(study: Study):
-    canvas, panels = grid(
-        1, 2, 10, 3.8, "Direct logit attribution of the MLPs to the next vector, by position"
-    )
+    canvas, panels = grid(1, 2, 10, 3.8,
+                          "Direct logit attribution of the MLPs to the next vector, by position")
     mlps, heads = attributions(study, "hook_mlp_out"), attributions(study, "attn.hook_result")
     for axes, (name, title) in zip(panels, READINGS.items()):
         for layer, values in enumerate(mlps[name]):
@@ -1463,9 +1330,8 @@ def figure_mlp_attribution(study: Study):
             axes.plot(heads[name].sum((0, 1)), color="0.6", ls="--", label="all heads together")
         axes.axhline(0, color="0.8", zorder=0)
         axes.axvspan(-0.5, study.task.first - 0.5, color="0.95", zorder=0)
-        axes.set(
-            title=title, xlabel="position (grey: the next vector cannot be known yet)", ylabel="dot product"
-        )
+        axes.set(title=title, xlabel="position (grey: the next vector cannot be known yet)",
+                 ylabel="dot product")
         axes.set_xlim(-0.5, MAX_LENGTH - 0.5)
         axes.legend()
     return canvas
@@ -1496,14 +1362,11 @@ def claim_alpha(study: Study) -> Finding:
     as_claimed = 2.1 <= measured <= 2.5 and after["R2, a_n at 1"] >= 0.5 and 0.5 <= after["a_n"] <= 1.5
     how = verdict(as_claimed, after["a_n-1"] > 0 and after["R2"] >= 0.5)
     values = {"alpha": measured, "free: a_n": after["a_n"], "free: a_n-1": after["a_n-1"]}
-    control = {
-        "after layer 0": after,
-        "after layer 0's attention": fits(lens(study, "blocks.0.hook_resid_mid")[:, FIRST_POSITION:]),
-        "without ln_final": fits(
-            (study.activations["blocks.0.hook_resid_post"] @ study.model.unembed.W_U)[:, 2:]
-        ),
-        "the true next vector: the best fixed linear predictor": fits(truth),
-    }
+    control = {"after layer 0": after,
+               "after layer 0's attention": fits(lens(study, "blocks.0.hook_resid_mid")[:, FIRST_POSITION:]),
+               "without ln_final": fits((study.activations["blocks.0.hook_resid_post"]
+                                         @ study.model.unembed.W_U)[:, 2:]),
+               "the true next vector: the best fixed linear predictor": fits(truth)}
     return Finding(measured, how, values, control, ratio_interval(crossed, squared, study.generator("alpha")))
 
 
@@ -1517,13 +1380,8 @@ def figure_estimate(study: Study):
     before, after = (lens(study, f"blocks.0.hook_resid_{when}")[i, 1:, 0] for when in ("pre", "post"))
     axes.plot(n, before, color="goldenrod", marker=".", label="before layer 0, unembedded")
     axes.plot(n, after, color="purple", marker=".", label="after layer 0, unembedded")
-    axes.plot(
-        n,
-        a[1:-1] + 2.3 * a[:-2],
-        color=OTHER,
-        marker=".",
-        label="$a_n + 2.3\\,a_{n-1}$ (the paper's $\\alpha$)",
-    )
+    axes.plot(n, a[1:-1] + 2.3 * a[:-2], color=OTHER, marker=".",
+              label="$a_n + 2.3\\,a_{n-1}$ (the paper's $\\alpha$)")
     axes.plot(n, a[2:], color=TRUTH, marker="o", ms=4, label="$a_{n+1}$, the truth")
     axes.axhline(0, color="0.9", zorder=0)
     axes.set(xlabel="position n", ylabel="component")
@@ -1577,9 +1435,8 @@ class Weights:
 
 
 @once
-def read_weights(
-    study: Study, c: float | None = None, length: int = MAX_LENGTH, count: int = PER_C
-) -> Weights:
+def read_weights(study: Study, c: float | None = None, length: int = MAX_LENGTH,
+                 count: int = PER_C) -> Weights:
     """Source weights of `count` sequences (fewer in a small study) at one c, or drawn as in training; c and -c
     get the same a_0 and d, but for their normalisation."""
     generator, count = study.generator(f"weights {abs(c or 0)}"), max(1, count * study.size // POPULATION)
@@ -1609,9 +1466,8 @@ def strides(w: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor]:
 def claim_source_weights(study: Study) -> Finding:
     """1 - |output - sum_s w_s a_s|^2 / |output|^2 over positions 2 to 13, by |c|, mean over both signs. At
     least 0.95 at every |c| up to 1.5; partly at least 0.8."""
-    explained = torch.tensor(
-        [[study.weights[sign * size].explained for sign in (1, -1)] for size in SIZES]
-    ).mean(1)
+    explained = torch.tensor([[study.weights[sign * size].explained for sign in (1, -1)]
+                              for size in SIZES]).mean(1)
     usual = explained[torch.tensor(SIZES) <= 1.5]
     values = {"mean, |c| up to 1.5": usual.mean(), "lowest": usual.min()}
     spread = np.mean([weights.spread for weights in study.weights.values()])
@@ -1665,10 +1521,8 @@ def claim_blind_to_sign(study: Study) -> Finding:
 
     everyone = torch.arange(w[1].shape[1])
     odd, by_size = parts(everyone)
-    measured, explains = (
-        ratio(everyone),
-        min(f.explained for c, f in study.weights.items() if abs(c) <= 1.5) >= 0.8,
-    )
+    measured, explains = (ratio(everyone),
+                          min(f.explained for c, f in study.weights.items() if abs(c) <= 1.5) >= 0.8)
     how = verdict(measured <= 0.25 and explains, measured <= 0.5 and explains)
     interval = resampled(ratio, len(everyone), study.generator("blind"))
     return Finding(measured, how, {"ratio": measured}, {"|c|": SIZES, "by |c|": odd / by_size}, interval)
@@ -1689,13 +1543,8 @@ def figure_source_weights(study: Study):
         axes.plot(cs, w[:, n], color=TRUTH, marker=".", label="$a_n$")
         for s in range(n - 1):
             color = plt.get_cmap("viridis")(s / (n - 1))
-            axes.plot(
-                cs,
-                w[:, s],
-                color=color,
-                lw=0.8,
-                label=("$a_0$", "$a_{n-2}$")[s > 0] if s in (0, n - 2) else None,
-            )
+            axes.plot(cs, w[:, s], color=color, lw=0.8, label=("$a_0$", "$a_{n-2}$")[s > 0] if s in (0, n - 2)
+                      else None)
         axes.axhline(0, color="0.8", zorder=0)
         axes.set(title=f"position n = {n}", xlabel="c")
     panels[0].set_ylabel("weight $w_s$")
@@ -1795,9 +1644,8 @@ def claim_gain_control(study: Study) -> Finding:
     those of layers 0 and 2 both are below 0.5; partly if so for layer 1 only."""
     before, arms = study.baseline.mean(), ablations(study)
     damage = {name: each["mean"].mean() - before for name, each in arms.items()}
-    goes = {
-        name: 1 - (each["mean, clean scale"].mean() - before) / damage[name] for name, each in arms.items()
-    }
+    goes = {name: 1 - (each["mean, clean scale"].mean() - before) / damage[name]
+            for name, each in arms.items()}
     back = {name: (each["scale alone"].mean() - before) / damage[name] for name, each in arms.items()}
     others = [share[f"layer {l} heads"] for share in (goes, back) for l in study.layers if l != 1]
     gain = goes["layer 1 heads"] >= 0.8 and back["layer 1 heads"] >= 0.5
@@ -1810,9 +1658,8 @@ def claim_gain_control(study: Study) -> Finding:
     means, single = interventions.mean_outputs(study.activations), []
     for head in interventions.layer_heads(study.model, 1):
         hooks = interventions.replace_outputs(means, [head])
-        arm, held = (
-            study.errors(1, hooks, held=h, count=HEAD_ABLATION).mean() for h in (None, {scale: clean})
-        )
+        arm, held = (study.errors(1, hooks, held=h, count=HEAD_ABLATION).mean()
+                     for h in (None, {scale: clean}))
         usual = study.baseline[:HEAD_ABLATION].mean()
         single.append(1 - (held - usual) / (arm - usual))
     control["each head of layer 1: goes"] = single
@@ -1823,12 +1670,10 @@ def claim_gain_control(study: Study) -> Finding:
 @figure(24, "layer 1 as a gain control (ours)", layers=2)
 def figure_gain(study: Study):
     arms, target = ablations(study)["layer 1 heads"], study.test.a[:, 1:]
-    shown = {
-        "clean": (study.baseline, {"color": "black"}),
-        "layer 1's heads mean-ablated": (arms["mean"], {"color": LENS}),
-        "the same, ln_final with its clean scale": (arms["mean, clean scale"], {"color": OTHER}),
-        "clean, ln_final with the ablated scale": (arms["scale alone"], {"color": MODEL, "ls": "--"}),
-    }
+    shown = {"clean": (study.baseline, {"color": "black"}),
+             "layer 1's heads mean-ablated": (arms["mean"], {"color": LENS}),
+             "the same, ln_final with its clean scale": (arms["mean, clean scale"], {"color": OTHER}),
+             "clean, ln_final with the ablated scale": (arms["scale alone"], {"color": MODEL, "ls": "--"})}
     title = "Layer 1 is a gain control: what it does goes through one number a position"
     canvas, panels = grid(1, 2, 10.5, 4.2, title)
     bins, starts = (study.test.c.abs() / C_BIN).long(), np.arange(0, 2, C_BIN)
@@ -1836,9 +1681,8 @@ def figure_gain(study: Study):
     for label, (errors, line) in shown.items():
         share = [errors[bins == b].sum() / power[bins == b].sum() for b in range(len(starts))]
         panels[0].semilogy(starts + C_BIN / 2, share, marker=".", label=label, **line)
-    panels[0].set(
-        title="the damage, and what mends it", xlabel="|c|", ylabel="unexplained share of the next vector"
-    )
+    panels[0].set(title="the damage, and what mends it", xlabel="|c|",
+                  ylabel="unexplained share of the next vector")
     panels[0].legend(fontsize=7)
     scale = study.test_activations["ln_final.hook_scale"][..., 0]
     for n, color in zip((3, 6, 9, 12), plt.get_cmap("viridis")(np.linspace(0, 0.85, 4))):
@@ -1870,10 +1714,8 @@ def claim_one_knob(study: Study) -> Finding:
     span = torch.linalg.qr(study.model.unembed.W_U).Q
     for l in study.layers:
         name, (mean, directions, shares) = f"blocks.{l}.hook_attn_out", main_directions(study, l, 3)
-        for factors, change in (
-            (kept, interventions.keep_directions),
-            (removed, interventions.remove_directions),
-        ):
+        for factors, change in ((kept, interventions.keep_directions),
+                                (removed, interventions.remove_directions)):
             arms = [study.errors(l, change(name, mean, directions[:k])) for k in (1, 2, 3)]
             factors.append(torch.stack([arm.mean() for arm in arms]) / study.baseline.mean())
             if l == 1 and factors is kept:
@@ -1883,9 +1725,8 @@ def claim_one_knob(study: Study) -> Finding:
         control[f"layer {l}: cosine of the first with what W_U reads"] = (directions[0] @ span).norm()
     control["that cosine by chance"] = (study.model.config.d_vocab / study.model.config.d_model) ** 0.5
     one, without = kept[1][0], removed[1][0]
-    how = verdict(
-        one <= 2 and without >= 10 and min(kept[0][0], kept[2][0]) > 2, one <= 4 and without >= 5 * one
-    )
+    how = verdict(one <= 2 and without >= 10 and min(kept[0][0], kept[2][0]) > 2,
+                  one <= 4 and without >= 5 * one)
     values = {"layer 1: 1 kept": one, "1 removed": without}
     values |= {f"layer {l}: 1 kept": kept[l][0] for l in (0, 2)}
     return Finding(one, how, values, control, interval)
@@ -1901,23 +1742,17 @@ def interleaved_errors(study: Study, low: float, high: float) -> dict[str, dict[
     for kind, a in data.interleaved(MAX_LENGTH, c, generator, study.model.config.d_vocab).items():
         x, target, before = a[:, :-1], a[:, 5:], a[:, 3:-2]
         (factor,), _ = regress(target, before)
-        predictions = {
-            "zero": torch.zeros_like(target),
-            "model": study.model(x)[:, 4:],
-            "affine solver": data.solve_recurrence(x)[:, 2:],
-            "two-step rule": data.solve_two_steps(x),
-            "fixed multiple": factor * before,
-        }
+        predictions = {"zero": torch.zeros_like(target), "model": study.model(x)[:, 4:],
+                       "affine solver": data.solve_recurrence(x)[:, 2:],
+                       "two-step rule": data.solve_two_steps(x), "fixed multiple": factor * before}
         found[kind] = {name: (p - target).pow(2).sum((1, 2)) for name, p in predictions.items()}
     return found
 
 
 def unexplained(errors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
     """The same as shares of what predicting 0 leaves."""
-    return {
-        kind: {name: (e.sum() / each["zero"].sum()).item() for name, e in each.items() if name != "zero"}
-        for kind, each in errors.items()
-    }
+    return {kind: {name: (e.sum() / each["zero"].sum()).item() for name, e in each.items() if name != "zero"}
+            for kind, each in errors.items()}
 
 
 @claim("it follows interleaved sequences, as a two-step rule does", None, 25, "unexplained share")
@@ -1960,10 +1795,8 @@ def claim_rule_errors(study: Study) -> Finding:
         found["truth"], part = target, slice(-1 if name == "noise" else 4 - study.task.first, None)
         between = lambda one, other: (found[one] - found[other])[:, part].pow(2).sum()
         left = [between(which, "truth") / between("zero", "truth") for which in ("model", "two-step rule")]
-        shares[name], linear = (
-            1 - between(which, "two-step rule") / between(which, "truth")
-            for which in ("model", "best linear")
-        )
+        shares[name], linear = (1 - between(which, "two-step rule") / between(which, "truth")
+                                for which in ("model", "best linear"))
         names = "unexplained by model, by rule; share of the model's error, of best linear's"
         control[f"{name}: {names}"] = [*left, shares[name], linear]
     values = {name: shares[name] for name in ("noise", "two fixed points", "two growths")}
@@ -1973,9 +1806,8 @@ def claim_rule_errors(study: Study) -> Finding:
 
 @figure(25, "interleaved sequences (ours)")
 def figure_interleaved(study: Study):
-    canvas, panels = grid(
-        1, 2, 10.5, 4.2, "Interleaved sequences: two recurrences with one fixed point and one $c^2$"
-    )
+    canvas, panels = grid(1, 2, 10.5, 4.2,
+                          "Interleaved sequences: two recurrences with one fixed point and one $c^2$")
     c, n = torch.tensor([-1.25]), range(FIRST_POSITION, MAX_LENGTH)
     g, d_vocab = study.generator("interleaved example"), study.model.config.d_vocab
     a = data.interleaved(MAX_LENGTH, c, g, d_vocab)["interleaved"]
@@ -2026,21 +1858,17 @@ def knob_shares(study: Study) -> dict[str, list[float]]:
             x[:, positions] *= next(lengths) / next(lengths)
             sized[name] = study.record(x, k, v)
         goal = (there[scale] / here[scale]).log()[:, 4:]
-        given = {
-            "z": interventions.hold({z: there[z]}),
-            "pattern": interventions.hold({pattern: there[pattern]}),
-            "values": interventions.hold({v: there[v]}),
-            **{
-                f"position {s}": interventions.patch_positions({k: there[k], v: there[v]}, [s])
-                for s in range(5)
-            },
-            "positions 5 to 13": interventions.patch_positions(
-                {k: there[k], v: there[v]}, range(5, MAX_LENGTH)
-            ),
-            "position 1, key": interventions.patch_positions({k: there[k]}, [1]),
-            "position 1, value": interventions.patch_positions({v: there[v]}, [1]),
-            **{n: interventions.patch_positions({k: kept[k], v: kept[v]}, [1]) for n, kept in sized.items()},
-        }
+        given = {"z": interventions.hold({z: there[z]}),
+                 "pattern": interventions.hold({pattern: there[pattern]}),
+                 "values": interventions.hold({v: there[v]}),
+                 **{f"position {s}": interventions.patch_positions({k: there[k], v: there[v]}, [s])
+                    for s in range(5)},
+                 "positions 5 to 13": interventions.patch_positions({k: there[k], v: there[v]},
+                                                                    range(5, MAX_LENGTH)),
+                 "position 1, key": interventions.patch_positions({k: there[k]}, [1]),
+                 "position 1, value": interventions.patch_positions({v: there[v]}, [1]),
+                 **{n: interventions.patch_positions({k: kept[k], v: kept[v]}, [1])
+                    for n, kept in sized.items()}}
         for name, hooks in given.items():
             kept: dict[str, Tensor] = {}
             study.model.run_from(1, here[resid], hooks | interventions.record([scale], kept))
@@ -2055,18 +1883,13 @@ def claim_knob(study: Study) -> Finding:
     key and value of source position 1 alone, and more than those of any other position; and at least half
     follows the size of the first two vectors, seen through position 1 alone. Partly if only the first."""
     shares = knob_shares(study)
-    others = [
-        share for name, share in shares.items() if name.startswith("position") and "position 1" not in name
-    ]
+    others = [share for name, share in shares.items() if name.startswith("position")
+              and "position 1" not in name]
     second = all(shares["position 1"][i] >= max(0.5, *(other[i] for other in others)) for i in (0, 1))
-    values = {
-        f"{name}, to {kind}": shares[name][i]
-        for name in ("position 1", "size")
-        for i, kind in ((0, "growing"), (1, "decaying"))
-    }
-    return Finding(
-        shares["position 1"], verdict(second and min(shares["size"]) >= 0.5, second), values, shares
-    )
+    values = {f"{name}, to {kind}": shares[name][i] for name in ("position 1", "size")
+              for i, kind in ((0, "growing"), (1, "decaying"))}
+    return Finding(shares["position 1"], verdict(second and min(shares["size"]) >= 0.5, second), values,
+                   shares)
 
 
 @figure(26, "what turns the knob (ours)", layers=2)
@@ -2075,9 +1898,8 @@ def figure_knob(study: Study):
     canvas, panels = grid(1, 2, 10.5, 4.6, title, width_ratios=[1.5, 1])
     shares = knob_shares(study)
     y = np.arange(len(shares))
-    for i, (label, color) in enumerate(
-        (("decaying, given of growing", LENS), ("growing, given of decaying", TRUTH))
-    ):
+    for i, (label, color) in enumerate((("decaying, given of growing", LENS),
+                                        ("growing, given of decaying", TRUTH))):
         panels[0].barh(y + 0.4 * i, [share[i] for share in shares.values()], 0.38, color=color, label=label)
     panels[0].set_yticks(y + 0.2, list(shares))
     panels[0].invert_yaxis()
@@ -2191,9 +2013,8 @@ def depth_results(study: Study) -> dict:
         found[f"{name} ablated, and with the clean scale: MSE / unchanged"] = [ablated, held]
     for name, (fixed, _) in factors_by_component(study).items():
         found[f"{name}: factor on a* at |c| = {', '.join(map(str, TAKEN_AT))}"] = fixed
-    found["interleaved: unexplained share"] = unexplained(interleaved_errors(study, 1.2, 2.0))["interleaved"][
-        "model"
-    ]
+    interleaved = unexplained(interleaved_errors(study, 1.2, 2.0))["interleaved"]
+    found["interleaved: unexplained share"] = interleaved["model"]
     found["by position"] = errors["model"].mean(0)
     return found | {"by |c|": [errors["model"][bins == b].mean() for b in range(int(2 / C_BIN))]}
 
@@ -2258,7 +2079,7 @@ MARKS = {"reproduced": ("o", TRUTH), "partly": ("s", MODEL), "not reproduced": (
 
 def course(study: Study) -> dict[str, dict]:
     """What is followed through a run: every claim, and the weight of the vector before, by c."""
-    claims = {name: CLAIMS[name].find(study) for name in applicable(CLAIMS, study)}
+    claims = {name: CLAIMS[name].function(study) for name in applicable(CLAIMS, study)}
     found = {name: {"verdict": each.verdict, "values": each.values} for name, each in claims.items()}
     if "affine" in study.kinds:
         weights = {f"c = {c}": read_weights(study, c).w.mean(0)[9, 8] for c in (1.5, 0.5)}
@@ -2545,7 +2366,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def figure_file(number: int) -> str:
-    return f"fig{number:02d}_{FIGURES[number].name}.png"
+    return f"fig{number:02d}_{FIGURES[number].function.__name__.removeprefix('figure_')}.png"
 
 
 def applicable(entries: dict, study: Study) -> list:
@@ -2568,16 +2389,10 @@ def meta(study: Study, run: str) -> dict:
     here = os.path.dirname(os.path.abspath(__file__))
     code = (os.path.join(here, f"{name}.py") for name in ("data", "model", "interventions", "analyze"))
     versions = {module.__name__: module.__version__ for module in (torch, np, matplotlib)}
-    return {
-        "sha256": digest(os.path.join(run, "weights.pt")),
-        "code": digest(*code),
-        "step": int(study.log["step"][-1]),
-        "task": study.task_name,
-        "config": asdict(study.model.config),
-        "seed": study.seed,
-        "samples": {name.lower(): globals()[name] for name in SAMPLES},
-        "versions": {"python": platform.python_version()} | versions,
-    }
+    return {"sha256": digest(os.path.join(run, "weights.pt")), "code": digest(*code),
+            "step": int(study.log["step"][-1]), "task": study.task_name, "config": asdict(study.model.config),
+            "seed": study.seed, "samples": {name.lower(): globals()[name] for name in SAMPLES},
+            "versions": {"python": platform.python_version()} | versions}
 
 
 def markdown(results: dict) -> str:
@@ -2653,7 +2468,7 @@ def measure(study: Study, claims: Iterable[str], progress: Progress, prefix: str
     results = {}
     for name in claims:
         progress.next(f"{prefix}claim {name}")
-        claim, found, fresh = CLAIMS[name], CLAIMS[name].find(study), CLAIMS[name].find(study.untrained)
+        claim, found, fresh = CLAIMS[name], CLAIMS[name].function(study), CLAIMS[name].function(study.untrained)
         untrained = {"verdict": fresh.verdict, "values": fresh.values}
         text = {"claim": claim.text, "paper": claim.paper, "why": claim.rule}
         results[name] = plain({**text, **asdict(found), "untrained": untrained})
@@ -2678,8 +2493,8 @@ def analyse(run: str, seed: int, out: str, wanted: list[int] | None):
     os.makedirs(out, exist_ok=True)
     progress, figures = Progress(len(chosen)), [name for name in chosen if name in FIGURES]
     for number in figures:
-        progress.next(f"figure {number}: {FIGURES[number].title}")
-        draw(FIGURES[number].draw, study, os.path.join(out, figure_file(number)))
+        progress.next(f"figure {number}: {FIGURES[number].text}")
+        draw(FIGURES[number].function, study, os.path.join(out, figure_file(number)))
     claims = measure(study, [name for name in chosen if name in CLAIMS], progress)
     progress.finish()
     if not wanted:
@@ -2718,7 +2533,7 @@ def main():
     try:
         if "list" in given:
             for number in sorted(FIGURES):
-                print(f"figure {number:2}  {FIGURES[number].title}")
+                print(f"figure {number:2}  {FIGURES[number].text}")
             for name, claim in CLAIMS.items():
                 where = f"paper: {paper_text(claim.paper)}; figure {claim.figure}"
                 print(f"claim  {name}: {claim.text} ({where})")

@@ -93,9 +93,8 @@ def draw_linear(draw: Callable, batch: int, length: int, d_vocab: int, c_range: 
     return Sample(a, c, d * scale[:, None])
 
 
-def draw_polynomial(
-    draw: Callable, batch: int, length: int, d_vocab: int, c_range: tuple, order: int
-) -> Sample:
+def draw_polynomial(draw: Callable, batch: int, length: int, d_vocab: int, c_range: tuple,
+                    order: int) -> Sample:
     """a_n = v_0 + v_1 n + ... + v_K n^K, v_i ~ U[-2, 2]^d_vocab. That is draw_linear's recurrence with all
     roots 1 and d = K! v_K, and so its c is; c_range has no part in it."""
     v = draw(-2, 2, order + 1, batch, 1, d_vocab)
@@ -122,15 +121,9 @@ def draw_quadratic(draw: Callable, batch: int, length: int, d_vocab: int, c_rang
     return Sample(a, torch.cat([b / scale[:, None], c], 1), d * scale[:, None])
 
 
-def sample(
-    batch: int,
-    length: int,
-    generator: torch.Generator,
-    d_vocab: int = D_VOCAB,
-    c_range: tuple[float, float] = (-2.0, 2.0),
-    task: str = "affine",
-    dtype: torch.dtype = torch.float32,
-) -> Sample:
+def sample(batch: int, length: int, generator: torch.Generator, d_vocab: int = D_VOCAB,
+           c_range: tuple[float, float] = (-2.0, 2.0), task: str = "affine",
+           dtype: torch.dtype = torch.float32) -> Sample:
     """Draw `batch` sequences with `length` inputs each, on the generator's device (section 3.1).
 
     c ~ U[c_range] is one scalar per sequence; a_0 and d ~ U[-2, 2]^d_vocab. All vectors and d are then
@@ -149,9 +142,8 @@ def sample(
     return kind.draw(partial(uniform, generator, dtype=dtype), batch, length, d_vocab, c_range)
 
 
-def interleaved(
-    length: int, c: Tensor, generator: torch.Generator, d_vocab: int = D_VOCAB
-) -> dict[str, Tensor]:
+def interleaved(length: int, c: Tensor, generator: torch.Generator,
+                d_vocab: int = D_VOCAB) -> dict[str, Tensor]:
     """Sequences that tell a rule of two steps from a rule of one, {kind: [batch, length + 1, d_vocab]}, c
     [batch].
 
@@ -163,12 +155,9 @@ def interleaved(
     u, other_u, fixed, other_fixed = (uniform(generator, -2, 2, len(c), 1, d_vocab) for _ in range(4))
     n = torch.arange(length + 1, device=c.device)
     powers, odd = (c[:, None] ** n)[..., None], (n % 2 == 1)[:, None]
-    kinds = {
-        "recurrence": fixed + powers * u,
-        "interleaved": fixed + powers * torch.where(odd, other_u, u),
-        "two fixed points": torch.where(odd, other_fixed, fixed) + powers * u,
-        "two growths": fixed + torch.where(odd, powers.flip(0), powers) * u,
-    }
+    kinds = {"recurrence": fixed + powers * u, "interleaved": fixed + powers * torch.where(odd, other_u, u),
+             "two fixed points": torch.where(odd, other_fixed, fixed) + powers * u,
+             "two growths": fixed + torch.where(odd, powers.flip(0), powers) * u}
     r = uniform(generator, 1, 2, len(c))
     return {kind: normalise(a, r)[0] for kind, a in kinds.items()}
 
@@ -299,13 +288,8 @@ def find_task(name: str) -> Task:
     return kind
 
 
-def held_out(
-    per_length: int,
-    seed: int = 20_241_024,
-    device: torch.device | str = "cpu",
-    d_vocab: int = D_VOCAB,
-    task: str = "affine",
-) -> list[Sample]:
+def held_out(per_length: int, seed: int = 20_241_024, device: torch.device | str = "cpu",
+             d_vocab: int = D_VOCAB, task: str = "affine") -> list[Sample]:
     """A fixed evaluation set from the training distribution: `per_length` sequences of each length 3 .. 14.
 
     It is drawn on the CPU whatever the device, so that every machine measures on the same sequences, and its
@@ -325,10 +309,8 @@ def mse(prediction: Tensor, target: Tensor, first: int = FIRST_POSITION) -> Tens
     project. Raises ValueError for other shapes.
     """
     if prediction.shape != target.shape or prediction.shape[-2] <= first:
-        raise ValueError(
-            f"prediction and target must have one shape with at least {first + 1} positions, "
-            f"not {tuple(prediction.shape)} and {tuple(target.shape)}"
-        )
+        raise ValueError(f"prediction and target must have one shape with at least {first + 1} positions, "
+                         f"not {tuple(prediction.shape)} and {tuple(target.shape)}")
     return F.mse_loss(prediction[..., first:, :], target[..., first:, :])
 
 

@@ -38,11 +38,8 @@ def layer_heads(model: Transformer, layer: int) -> list[Head]:
 
 def output_names(model: Transformer) -> list[str]:
     """The hook points of `replace_outputs`: hook_z of every attention layer, hook_mlp_out of every MLP."""
-    return [
-        name
-        for l in range(model.config.n_layers)
-        for name in (f"blocks.{l}.attn.hook_z", f"blocks.{l}.hook_mlp_out")
-    ]
+    return [name for l in range(model.config.n_layers)
+            for name in (f"blocks.{l}.attn.hook_z", f"blocks.{l}.hook_mlp_out")]
 
 
 def record(names: Iterable[str], into: dict[str, Tensor]) -> dict[str, Callable]:
@@ -63,10 +60,8 @@ def mean_outputs(cache: dict[str, Tensor], over_positions: bool = False) -> dict
     or 1, n_heads, d_head] and hook_mlp_out [pos or 1, d_model].
     """
     outputs = {name: value for name, value in cache.items() if name.endswith((".hook_z", ".hook_mlp_out"))}
-    return {
-        name: value.mean((0, 1), keepdim=True)[0] if over_positions else value.mean(0)
-        for name, value in outputs.items()
-    }
+    return {name: value.mean((0, 1), keepdim=True)[0] if over_positions else value.mean(0)
+            for name, value in outputs.items()}
 
 
 def zero_outputs(model: Transformer) -> dict[str, Tensor]:
@@ -74,9 +69,8 @@ def zero_outputs(model: Transformer) -> dict[str, Tensor]:
     return {name: torch.zeros(()) for name in output_names(model)}
 
 
-def replace_outputs(
-    values: dict[str, Tensor], heads: Iterable[Head] = (), mlps: Iterable[int] = ()
-) -> dict[str, Callable]:
+def replace_outputs(values: dict[str, Tensor], heads: Iterable[Head] = (),
+                    mlps: Iterable[int] = ()) -> dict[str, Callable]:
     """Hooks that replace the outputs of `heads` and of the MLPs of layers `mlps` by `values`.
 
     values: {hook name: tensor that broadcasts to that activation}. From `zero_outputs` this is zero ablation,
@@ -145,26 +139,23 @@ def replace_qk(model: Transformer, layer: int, heads: Iterable[int], W_Q: Tensor
 
 
 @torch.no_grad()
-def pseudoinverse_qk(
-    model: Transformer, layer: int, heads: Iterable[int], generator: torch.Generator
-) -> Transformer:
+def pseudoinverse_qk(model: Transformer, layer: int, heads: Iterable[int],
+                     generator: torch.Generator) -> Transformer:
     """The paper's test of QK = I (section 4.6): W_Q is random, W_K^T its Moore-Penrose pseudoinverse.
 
     W_Q W_K^T is then the orthogonal projection onto a random d_head-dimensional subspace of R^d_model, the
     identity as nearly as rank d_head allows. Its scale does not depend on that of W_Q.
     """
     heads = list(heads)
-    W_Q = torch.randn(len(heads), model.config.d_model, model.config.d_head, generator=generator).to(
-        model.embed.W_E
-    )
+    W_Q = torch.randn(len(heads), model.config.d_model, model.config.d_head,
+                      generator=generator).to(model.embed.W_E)
     W_K = torch.linalg.pinv(W_Q).transpose(1, 2)  # [len(heads), d_model, d_head]
     return replace_qk(model, layer, heads, W_Q, W_K)
 
 
 @torch.no_grad()
-def random_qk(
-    model: Transformer, layer: int, heads: Iterable[int], generator: torch.Generator
-) -> Transformer:
+def random_qk(model: Transformer, layer: int, heads: Iterable[int],
+              generator: torch.Generator) -> Transformer:
     """The control to `pseudoinverse_qk`: W_Q and W_K independent and random, their product as large
     (Frobenius) as the trained one."""
     heads = list(heads)
@@ -172,6 +163,5 @@ def random_qk(
     W_Q, W_K = (torch.randn(shape, generator=generator).to(model.embed.W_E) for _ in range(2))
     attn = model.blocks[layer].attn
     trained = (attn.W_Q[heads] @ attn.W_K[heads].transpose(1, 2)).norm(dim=(1, 2), keepdim=True)
-    return replace_qk(
-        model, layer, heads, W_Q * trained / (W_Q @ W_K.transpose(1, 2)).norm(dim=(1, 2), keepdim=True), W_K
-    )
+    return replace_qk(model, layer, heads,
+                      W_Q * trained / (W_Q @ W_K.transpose(1, 2)).norm(dim=(1, 2), keepdim=True), W_K)

@@ -50,9 +50,8 @@ def check_settings(settings):
         value, zero, choices = getattr(settings, f.name), f.metadata["zero"], f.metadata["choices"]
         if f.type is int and (not isinstance(value, int) or value < 1 - zero):
             raise ValueError(f"{f.name} must be a whole number of at least {1 - zero}, not {value!r}")
-        if f.type is float and not (
-            isinstance(value, (int, float)) and 0 <= value < math.inf and (value or zero)
-        ):
+        if f.type is float and not (isinstance(value, (int, float)) and 0 <= value < math.inf
+                                    and (value or zero)):
             raise ValueError(
                 f"{f.name} must be a finite number {'of at least' if zero else 'above'} 0, not {value!r}"
             )
@@ -72,9 +71,8 @@ class Config:
     n_layers: int = setting(3, "layers, each attention and MLP")
     n_ctx: int = setting(data.N_CTX, "positions that the model has embeddings for")
     eps: float = setting(1e-5, "added to the variance in a LayerNorm")
-    act_fn: str = setting(
-        "relu", "activation of the MLPs: relu (A.1) or gelu_new", choices=tuple(ACTIVATIONS)
-    )
+    act_fn: str = setting("relu", "activation of the MLPs: relu (A.1) or gelu_new",
+                          choices=tuple(ACTIVATIONS))
     initializer_range: float = setting(0.02, "standard deviation of the initial weight matrices")
 
     __post_init__ = check_settings
@@ -158,9 +156,8 @@ class Attention(nn.Module):
         # The mask goes in as the matrix that the product is added to; heads are folded into the batch.
         mask = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=q.dtype, device=x.device).triu(1)
         Q, K, V = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # [batch * n_heads, pos, d_head]
-        scores = torch.baddbmm(mask, Q, K.transpose(1, 2), alpha=Q.shape[-1] ** -0.5).unflatten(
-            0, (len(x), q.shape[2])
-        )
+        scores = torch.baddbmm(mask, Q, K.transpose(1, 2),
+                               alpha=Q.shape[-1] ** -0.5).unflatten(0, (len(x), q.shape[2]))
         scores = at(f"{self.name}.hook_attn_scores", scores)  # [batch, n_heads, dest, src]
         pattern = at(f"{self.name}.hook_pattern", scores.softmax(-1))  # [batch, n_heads, dest, src]
         z = (pattern.flatten(0, 1) @ V).unflatten(0, (len(x), q.shape[2])).transpose(1, 2)
@@ -223,29 +220,18 @@ class Transformer(nn.Module):
         self.pos_embed = nn.ParameterDict({"W_pos": torch.empty(config.n_ctx, config.d_model)})
         self.blocks = nn.ModuleList(Block(config, f"blocks.{l}") for l in range(config.n_layers))
         self.ln_final = LayerNorm(config, "ln_final")
-        self.unembed = nn.ParameterDict(
-            {"W_U": torch.empty(config.d_model, config.d_vocab), "b_U": torch.zeros(config.d_vocab)}
-        )
+        self.unembed = nn.ParameterDict({"W_U": torch.empty(config.d_model, config.d_vocab),
+                                         "b_U": torch.zeros(config.d_vocab)})
         for name, parameter in self.named_parameters():
             if name.split(".")[-1].startswith("W_"):
                 nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
 
         ln = ["hook_scale", "hook_normalized"]
         attn = ["hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z", "hook_result"]
-        block = [
-            "hook_resid_pre",
-            *(f"ln1.{n}" for n in ln),
-            *(f"attn.{n}" for n in attn),
-            "hook_attn_out",
-            "hook_resid_mid",
-        ]
-        block += [
-            *(f"ln2.{n}" for n in ln),
-            "mlp.hook_pre",
-            "mlp.hook_post",
-            "hook_mlp_out",
-            "hook_resid_post",
-        ]
+        block = ["hook_resid_pre", *(f"ln1.{n}" for n in ln), *(f"attn.{n}" for n in attn), "hook_attn_out",
+                 "hook_resid_mid"]
+        block += [*(f"ln2.{n}" for n in ln), "mlp.hook_pre", "mlp.hook_post", "hook_mlp_out",
+                  "hook_resid_post"]
         self.hook_names = ["hook_embed", "hook_pos_embed"]
         self.hook_names += [f"blocks.{l}.{name}" for l in range(config.n_layers) for name in block]
         self.hook_names += [f"ln_final.{name}" for name in ln]
@@ -258,9 +244,8 @@ class Transformer(nn.Module):
                 raise KeyError(f"no hook point {name!r}; near it: {', '.join(near)}")
         return Hooks(hooks, cache)
 
-    def forward(
-        self, x: Tensor, hooks: dict[str, Callable] | None = None, cache: dict[str, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, hooks: dict[str, Callable] | None = None,
+                cache: dict[str, Tensor] | None = None) -> Tensor:
         """Predict a_1 .. a_n from x = a_0 .. a_{n-1}: [batch, pos, d_vocab] -> [batch, pos, d_vocab].
 
         hooks: {hook name: fn}; fn(activation) returns what takes its place, a tensor of the same shape.
@@ -281,13 +266,8 @@ class Transformer(nn.Module):
         pos_embed = at("hook_pos_embed", self.pos_embed.W_pos[: x.shape[1]].expand_as(embed))
         return self.run_from(0, embed + pos_embed, hooks, cache)
 
-    def run_from(
-        self,
-        layer: int,
-        resid: Tensor,
-        hooks: dict[str, Callable] | None = None,
-        cache: dict[str, Tensor] | None = None,
-    ) -> Tensor:
+    def run_from(self, layer: int, resid: Tensor, hooks: dict[str, Callable] | None = None,
+                 cache: dict[str, Tensor] | None = None) -> Tensor:
         """The rest of the forward pass, from blocks.{layer}.hook_resid_pre on: resid [batch, pos, d_model] ->
         [batch, pos, d_vocab].
 
@@ -338,11 +318,8 @@ def fold(transformer: Transformer) -> Transformer:
     reset(model.ln_final)
 
     writers = [model.embed.W_E, model.pos_embed.W_pos]
-    writers += [
-        p
-        for block in model.blocks
-        for p in (block.attn.W_O, block.attn.b_O, block.mlp.W_out, block.mlp.b_out)
-    ]
+    writers += [p for block in model.blocks for p in (block.attn.W_O, block.attn.b_O, block.mlp.W_out,
+                                                      block.mlp.b_out)]
     for parameter in writers:
         parameter -= parameter.mean(-1, keepdim=True)
     return model

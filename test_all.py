@@ -48,9 +48,8 @@ def random_model(config: model.Config = SMALL, dtype=torch.float64) -> model.Tra
     return transformer
 
 
-def random_input(
-    config: model.Config = SMALL, batch: int = 4, positions: int = 6, dtype=torch.float64, seed: int = 1
-) -> torch.Tensor:
+def random_input(config: model.Config = SMALL, batch: int = 4, positions: int = 6, dtype=torch.float64,
+                 seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, positions, config.d_vocab, generator=seeded(seed), dtype=dtype)
 
 
@@ -74,24 +73,17 @@ def reference(state: dict, x: torch.Tensor, config: model.Config, edit: dict) ->
     outputs = []
     for vectors in x:
         n = len(vectors)
-        v = at("hook_embed", vectors @ state["embed.W_E"]) + at(
-            "hook_pos_embed", state["pos_embed.W_pos"][:n]
-        )
+        v = at("hook_embed", vectors @ state["embed.W_E"]) + at("hook_pos_embed",
+                                                                state["pos_embed.W_pos"][:n])
         for l in range(config.n_layers):
             block = f"blocks.{l}"
-            p = {
-                name: state[f"{block}.attn.{name}"]
-                for name in ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")
-            }
+            p = {name: state[f"{block}.attn.{name}"]
+                 for name in ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")}
             v = at(f"{block}.hook_resid_pre", v)
             u = layer_norm(f"{block}.ln1", v)
-            q, k, value = (
-                at(
-                    f"{block}.attn.hook_{s.lower()}",
-                    torch.stack([u @ p[f"W_{s}"][h] + p[f"b_{s}"][h] for h in range(config.n_heads)], 1),
-                )
-                for s in "QKV"
-            )
+            q, k, value = (at(f"{block}.attn.hook_{s.lower()}",
+                              torch.stack([u @ p[f"W_{s}"][h] + p[f"b_{s}"][h]
+                                           for h in range(config.n_heads)], 1)) for s in "QKV")
             scores = torch.full((config.n_heads, n, n), -torch.inf, dtype=x.dtype)
             for h in range(config.n_heads):
                 for d in range(n):
@@ -99,28 +91,18 @@ def reference(state: dict, x: torch.Tensor, config: model.Config, edit: dict) ->
                         scores[h, d, s] = q[d, h] @ k[s, h] / config.d_head**0.5
             scores = at(f"{block}.attn.hook_attn_scores", scores)
             pattern = at(f"{block}.attn.hook_pattern", scores.exp() / scores.exp().sum(-1, keepdim=True))
-            z = at(
-                f"{block}.attn.hook_z",
-                torch.stack([pattern[h] @ value[:, h] for h in range(config.n_heads)], 1),
-            )
-            result = at(
-                f"{block}.attn.hook_result",
-                torch.stack([z[:, h] @ p["W_O"][h] for h in range(config.n_heads)], 1),
-            )
+            z = at(f"{block}.attn.hook_z",
+                   torch.stack([pattern[h] @ value[:, h] for h in range(config.n_heads)], 1))
+            result = at(f"{block}.attn.hook_result",
+                        torch.stack([z[:, h] @ p["W_O"][h] for h in range(config.n_heads)], 1))
             v = at(f"{block}.hook_resid_mid", v + at(f"{block}.hook_attn_out", result.sum(1) + p["b_O"]))
-            pre = at(
-                f"{block}.mlp.hook_pre",
-                layer_norm(f"{block}.ln2", v) @ state[f"{block}.mlp.W_in"] + state[f"{block}.mlp.b_in"],
-            )
+            pre = at(f"{block}.mlp.hook_pre", layer_norm(f"{block}.ln2", v) @ state[f"{block}.mlp.W_in"]
+                     + state[f"{block}.mlp.b_in"])
             act = {"relu": lambda u: u.clamp(min=0), "gelu_new": gelu_new}[config.act_fn]
             post = at(f"{block}.mlp.hook_post", act(pre))
-            v = at(
-                f"{block}.hook_resid_post",
-                v
-                + at(
-                    f"{block}.hook_mlp_out", post @ state[f"{block}.mlp.W_out"] + state[f"{block}.mlp.b_out"]
-                ),
-            )
+            v = at(f"{block}.hook_resid_post",
+                   v + at(f"{block}.hook_mlp_out",
+                          post @ state[f"{block}.mlp.W_out"] + state[f"{block}.mlp.b_out"]))
         outputs.append(layer_norm("ln_final", v) @ state["unembed.W_U"] + state["unembed.b_U"])
     return torch.stack(outputs)
 
@@ -128,11 +110,8 @@ def reference(state: dict, x: torch.Tensor, config: model.Config, edit: dict) ->
 def command(main, *arguments: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of a command line, without a new process."""
     out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", [f"{main.__module__}.py", *arguments]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
+    with (mock.patch.object(sys, "argv", [f"{main.__module__}.py", *arguments]),
+          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
         try:
             main()
             status = 0
@@ -171,9 +150,8 @@ class Data(TestCase):
             s = data.sample(200, length, seeded(length))
             self.assertEqual(s.a.shape, (200, length + 1, 40))
             largest = s.a.abs().amax((1, 2), keepdim=True)
-            self.assertClose(
-                (s.a[:, 1:] - (s.c[:, None, None] * s.a[:, :-1] + s.d[:, None])) / largest, 0, 2e-6
-            )
+            self.assertClose((s.a[:, 1:] - (s.c[:, None, None] * s.a[:, :-1] + s.d[:, None])) / largest, 0,
+                             2e-6)
 
     def test_largest_input_norm_is_uniform_between_1_and_2_and_the_last_target_is_not_counted(self):
         s = data.sample(4000, 14, seeded())
@@ -355,11 +333,8 @@ class Model(TestCase):
             with self.subTest(name):
                 # Uneven over the last dimension, since a LayerNorm would not notice a constant; -inf stays
                 # -inf.
-                change = {
-                    name: lambda value: (
-                        1.2 * value + 0.1 * torch.linspace(1, 2, value.shape[-1], dtype=value.dtype)
-                    )
-                }
+                change = {name: lambda value: (1.2 * value + 0.1
+                                               * torch.linspace(1, 2, value.shape[-1], dtype=value.dtype))}
                 cache, before = {}, {}
                 changed = transformer(x, hooks=change)
                 self.assertClose(changed, reference(transformer.state_dict(), x, SMALL, change), 1e-9)
@@ -375,56 +350,30 @@ class Model(TestCase):
         transformer(random_input(), cache=cache)
         self.assertEqual(sorted(cache), sorted(transformer.hook_names))
         b, p, h, d, e, m = 4, 6, SMALL.n_heads, SMALL.d_model, SMALL.d_head, SMALL.d_mlp
-        shapes = {
-            "hook_embed": (b, p, d),
-            "hook_pos_embed": (b, p, d),
-            "blocks.1.hook_resid_pre": (b, p, d),
-            "blocks.1.ln1.hook_scale": (b, p, 1),
-            "blocks.1.ln1.hook_normalized": (b, p, d),
-        }
-        shapes |= {f"blocks.1.attn.hook_{n}": (b, p, h, e) for n in "qkvz"} | {
-            f"blocks.1.attn.hook_{n}": (b, h, p, p) for n in ("attn_scores", "pattern")
-        }
-        shapes |= {
-            "blocks.1.attn.hook_result": (b, p, h, d),
-            "blocks.1.hook_attn_out": (b, p, d),
-            "blocks.1.hook_resid_mid": (b, p, d),
-            "blocks.1.mlp.hook_pre": (b, p, m),
-            "blocks.1.mlp.hook_post": (b, p, m),
-        }
-        shapes |= {
-            "blocks.1.hook_mlp_out": (b, p, d),
-            "blocks.1.hook_resid_post": (b, p, d),
-            "ln_final.hook_scale": (b, p, 1),
-            "ln_final.hook_normalized": (b, p, d),
-        }
+        shapes = {"hook_embed": (b, p, d), "hook_pos_embed": (b, p, d), "blocks.1.hook_resid_pre": (b, p, d),
+                  "blocks.1.ln1.hook_scale": (b, p, 1), "blocks.1.ln1.hook_normalized": (b, p, d)}
+        shapes |= {f"blocks.1.attn.hook_{n}": (b, p, h, e)
+                   for n in "qkvz"} | {f"blocks.1.attn.hook_{n}": (b, h, p, p)
+                                       for n in ("attn_scores", "pattern")}
+        shapes |= {"blocks.1.attn.hook_result": (b, p, h, d), "blocks.1.hook_attn_out": (b, p, d),
+                   "blocks.1.hook_resid_mid": (b, p, d), "blocks.1.mlp.hook_pre": (b, p, m),
+                   "blocks.1.mlp.hook_post": (b, p, m)}
+        shapes |= {"blocks.1.hook_mlp_out": (b, p, d), "blocks.1.hook_resid_post": (b, p, d),
+                   "ln_final.hook_scale": (b, p, 1), "ln_final.hook_normalized": (b, p, d)}
         self.assertEqual({name: tuple(cache[name].shape) for name in shapes}, shapes)
 
     def test_parameters_have_transformer_lens_names_and_shapes(self):
-        shapes = {
-            name: tuple(value.shape)
-            for name, value in model.Transformer(generator=seeded()).state_dict().items()
-        }
-        expected = {
-            "embed.W_E": (40, 128),
-            "pos_embed.W_pos": (32, 128),
-            "ln_final.w": (128,),
-            "ln_final.b": (128,),
-            "unembed.W_U": (128, 40),
-            "unembed.b_U": (40,),
-        }
+        shapes = {name: tuple(value.shape)
+                  for name, value in model.Transformer(generator=seeded()).state_dict().items()}
+        expected = {"embed.W_E": (40, 128), "pos_embed.W_pos": (32, 128), "ln_final.w": (128,),
+                    "ln_final.b": (128,), "unembed.W_U": (128, 40), "unembed.b_U": (40,)}
         for l in range(3):
             expected |= {f"blocks.{l}.{ln}.{p}": (128,) for ln in ("ln1", "ln2") for p in "wb"}
-            expected |= {f"blocks.{l}.attn.W_{n}": (8, 128, 64) for n in "QKV"} | {
-                f"blocks.{l}.attn.b_{n}": (8, 64) for n in "QKV"
-            }
+            expected |= {f"blocks.{l}.attn.W_{n}": (8, 128, 64)
+                         for n in "QKV"} | {f"blocks.{l}.attn.b_{n}": (8, 64) for n in "QKV"}
             expected |= {f"blocks.{l}.attn.W_O": (8, 64, 128), f"blocks.{l}.attn.b_O": (128,)}
-            expected |= {
-                f"blocks.{l}.mlp.W_in": (128, 3072),
-                f"blocks.{l}.mlp.b_in": (3072,),
-                f"blocks.{l}.mlp.W_out": (3072, 128),
-                f"blocks.{l}.mlp.b_out": (128,),
-            }
+            expected |= {f"blocks.{l}.mlp.W_in": (128, 3072), f"blocks.{l}.mlp.b_in": (3072,),
+                         f"blocks.{l}.mlp.W_out": (3072, 128), f"blocks.{l}.mlp.b_out": (128,)}
         self.assertEqual(shapes, expected)
 
     def test_initial_weights_have_the_standard_deviation_of_the_specification(self):
@@ -442,9 +391,8 @@ class Model(TestCase):
         changed = x.clone()
         changed[:, 4] += 1
         for cache in (None, {}):
-            self.assertClose(
-                transformer(changed, cache=cache)[:, :4], transformer(x, cache=cache)[:, :4], 1e-12
-            )
+            self.assertClose(transformer(changed, cache=cache)[:, :4], transformer(x, cache=cache)[:, :4],
+                             1e-12)
             self.assertGreater((transformer(changed) - transformer(x))[:, 4].abs().max(), 1e-3)
 
     def test_a_pass_can_start_at_any_layer(self):
@@ -473,29 +421,20 @@ class Model(TestCase):
                 transformer(x, hooks={"hook_embed": lambda v: returned})
 
     def test_settings_outside_their_range_are_refused(self):
-        for name, value in (
-            ("n_heads", 0),
-            ("d_mlp", 2.5),
-            ("eps", 0.0),
-            ("act_fn", "tanh"),
-            ("initializer_range", -1.0),
-        ):
+        for name, value in (("n_heads", 0), ("d_mlp", 2.5), ("eps", 0.0), ("act_fn", "tanh"),
+                            ("initializer_range", -1.0)):
             with self.assertRaisesRegex(ValueError, f"{name} must be"):
                 model.Config(**{name: value})
 
 
 class Folding(TestCase):
     def test_folding_preserves_outputs(self):
-        for config, dtype, tolerance in (
-            (SMALL, torch.float64, 1e-10),
-            (model.Config(), torch.float64, 1e-10),
-        ):
+        for config, dtype, tolerance in ((SMALL, torch.float64, 1e-10),
+                                         (model.Config(), torch.float64, 1e-10)):
             transformer, x = random_model(config, dtype), random_input(config, dtype=dtype)
             self.assertClose(model.fold(transformer)(x), transformer(x), tolerance)
-        shipped, x = (
-            model.load_weights(os.path.join(HERE, "weights", "weights.pt")),
-            data.sample(50, 14, seeded()).a[:, :-1],
-        )
+        shipped, x = (model.load_weights(os.path.join(HERE, "weights", "weights.pt")),
+                      data.sample(50, 14, seeded()).a[:, :-1])
         self.assertClose(model.fold(shipped)(x), shipped(x), 1e-5)
 
     def test_folding_leaves_nothing_to_fold(self):
@@ -513,9 +452,8 @@ class Folding(TestCase):
         transformer = random_model()
         before = {name: value.clone() for name, value in transformer.state_dict().items()}
         model.fold(transformer)
-        self.assertTrue(
-            all(torch.equal(value, before[name]) for name, value in transformer.state_dict().items())
-        )
+        self.assertTrue(all(torch.equal(value, before[name])
+                            for name, value in transformer.state_dict().items()))
 
 
 class Files(TestCase):
@@ -546,11 +484,9 @@ class Files(TestCase):
         with self.assertRaises(FileNotFoundError):
             model.load_weights(path)
         state = random_model(dtype=torch.float32).state_dict()
-        for change, says in (
-            ({"embed.W_E": torch.full((5, 12), torch.nan)}, "not finite"),
-            ({"embed.W_E": torch.zeros(6, 12)}, "of another model: .* is .*, expected"),
-            ({"extra": torch.zeros(1)}, "extra"),
-        ):
+        for change, says in (({"embed.W_E": torch.full((5, 12), torch.nan)}, "not finite"),
+                             ({"embed.W_E": torch.zeros(6, 12)}, "of another model: .* is .*, expected"),
+                             ({"extra": torch.zeros(1)}, "extra")):
             model.save_file(state | change, path)
             with self.assertRaisesRegex(ValueError, says):
                 model.load_weights(path)
@@ -595,12 +531,8 @@ class Training(TestCase):
         self.addCleanup(torch.set_num_threads, threads)
 
     def settings(self, **changes) -> dict:
-        small = dataclasses.asdict(SMALL_TASK) | {
-            "steps": 6,
-            "batch_size": 2,
-            "eval_every": 3,
-            "device": "cpu",
-        }
+        small = dataclasses.asdict(SMALL_TASK) | {"steps": 6, "batch_size": 2, "eval_every": 3,
+                                                  "device": "cpu"}
         return small | {"out": os.path.join(self.folder(), "run")} | changes
 
     def quietly(self, *runs: train.Run) -> bool:
@@ -634,9 +566,8 @@ class Training(TestCase):
         alone = [train.Run(self.settings(seed=seed)) for seed in (1, 2, 3)]
         for length in (5, 14, 3):
             losses = stack.compute(length)
-            self.assertClose(
-                losses, torch.stack([train.Trainer([run]).compute(length) for run in alone]), 1e-6
-            )
+            self.assertClose(losses, torch.stack([train.Trainer([run]).compute(length) for run in alone]),
+                             1e-6)
         stack.write_back()
         for a, b in zip(runs, alone):
             # AdamW divides by the gradient's size, so that rounding errors of tiny gradients show in the
@@ -669,9 +600,8 @@ class Training(TestCase):
             self.assertEqual(sorted(os.listdir(run.options.out)), sorted([*train.FILES, "steps"]))
             self.assertEqual(sorted(os.listdir(run.path("steps"))), [f"0000000{n}.pt" for n in (0, 1, 2, 4)])
             self.assertEqual([row[0] for row in analyze.read_log(run.path("log.csv"))], [3, 6])
-            loaded, begun = (
-                model.load_weights(run.path(name)) for name in ("weights.pt", "steps/00000000.pt")
-            )
+            loaded, begun = (model.load_weights(run.path(name))
+                             for name in ("weights.pt", "steps/00000000.pt"))
             self.assertEqual(loaded.config, SMALL_TASK)
             self.assertTrue(all(torch.equal(p, q) for p, q in zip(loaded.parameters(), run.parameters)))
             self.assertTrue(all(torch.equal(p, initial[name]) for name, p in begun.named_parameters()))
@@ -717,9 +647,8 @@ class Training(TestCase):
         with open(os.path.join(out, "seed_0001", "weights.pt"), "wb") as f:
             f.write(b"precious")
         says = "seed_0001 already holds a run"
-        self.assertRefused(
-            1, says, train.main, "--seeds", "0-1", "--steps", "1", "--device", "cpu", "--out", out
-        )
+        self.assertRefused(1, says, train.main, "--seeds", "0-1", "--steps", "1", "--device", "cpu", "--out",
+                           out)
         self.assertEqual(os.listdir(out), ["seed_0001"])
         self.assertEqual(read(os.path.join(out, "seed_0001", "weights.pt")), b"precious")
 
@@ -768,10 +697,8 @@ class Training(TestCase):
             self.assertEqual(sorted(captured.graphs), list(range(3, 15)))
             for p, q in zip(plain.parameters, captured.parameters):
                 self.assertTrue(torch.equal(p, q))  # capturing put everything back
-            losses = [
-                torch.stack([trainer.train_step().clone() for _ in range(30)])
-                for trainer in (plain, captured)
-            ]
+            losses = [torch.stack([trainer.train_step().clone() for _ in range(30)])
+                      for trainer in (plain, captured)]
             self.assertClose(losses[0] / losses[1], 1, 1e-3)
 
     def test_where_capturing_fails_training_goes_on_without(self):
@@ -805,18 +732,16 @@ class Training(TestCase):
         own."""
         all_settings = [self.settings(seed=seed, device=device) for seed in seeds]
         for before, steps in zip((0, *parts), parts):
-            runs = [
-                train.open_run(settings | {"steps": steps}, resume=before > 0) for settings in all_settings
-            ]
+            runs = [train.open_run(settings | {"steps": steps}, resume=before > 0)
+                    for settings in all_settings]
             self.assertEqual([run.step for run in runs], [before] * len(runs))
             self.assertTrue(self.quietly(*runs))
         return runs
 
     def assertPartsMakeAWhole(self, device: str):
         for seeds in ((1,), (1, 2, 3)):
-            for whole, part in zip(
-                self.in_parts(device, seeds, 9), self.in_parts(device, seeds, 4, 9), strict=True
-            ):
+            for whole, part in zip(self.in_parts(device, seeds, 9), self.in_parts(device, seeds, 4, 9),
+                                   strict=True):
                 for a, b in zip(whole.model.parameters(), part.model.parameters()):
                     self.assertTrue(torch.equal(a, b))
 
@@ -860,9 +785,8 @@ class Training(TestCase):
         script = "import train; train.SAVE_SECONDS = 0; train.CHUNK = 5; train.main()"
         arguments = [sys.executable, "-c", script, "--d-mlp", "20", "--steps", "400", "--eval-every", "10"]
         arguments += ["--batch-size", "2", "--device", "cpu", "--out"]
-        start = lambda out, *more: subprocess.Popen(
-            [*arguments, os.path.join(folder, out), *more], cwd=HERE, stdout=subprocess.PIPE, text=True
-        )
+        start = lambda out, *more: subprocess.Popen([*arguments, os.path.join(folder, out), *more], cwd=HERE,
+                                                    stdout=subprocess.PIPE, text=True)
         whole = start("whole")
         whole.communicate()
         self.assertEqual(whole.returncode, 0)
@@ -872,9 +796,8 @@ class Training(TestCase):
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
         self.assertEqual(killed.returncode, -signal.SIGKILL)
-        self.assertLess(
-            train.load_file(os.path.join(folder, "killed", "checkpoint.pt"), "checkpoint")["step"], 400
-        )
+        self.assertLess(train.load_file(os.path.join(folder, "killed", "checkpoint.pt"),
+                                        "checkpoint")["step"], 400)
         resumed = start("killed", "--resume")  # the lock of the killed run does not outlive it
         resumed.communicate()
         self.assertEqual(resumed.returncode, 0)
@@ -982,13 +905,10 @@ class Training(TestCase):
         good = read(path)
         with self.assertRaisesRegex(ValueError, "already holds a run"):
             train.open_run(settings, resume=False)
-        for changes, says in (
-            ({"lr": 1e-3}, "lr 0.0001, not 0.001"),
-            ({"batch_size": 3}, "batch_size 2, not 3"),
-            ({"seed": 5}, "seed 0, not 5"),
-            ({"n_layers": 1}, "n_layers 2, not 1"),
-            ({"act_fn": "gelu_new"}, "act_fn relu, not gelu_new"),
-        ):
+        for changes, says in (({"lr": 1e-3}, "lr 0.0001, not 0.001"),
+                              ({"batch_size": 3}, "batch_size 2, not 3"), ({"seed": 5}, "seed 0, not 5"),
+                              ({"n_layers": 1}, "n_layers 2, not 1"),
+                              ({"act_fn": "gelu_new"}, "act_fn relu, not gelu_new")):
             with self.assertRaisesRegex(ValueError, says):
                 train.open_run({"out": settings["out"]} | changes, resume=True)
         self.assertEqual(read(path), good)
@@ -1012,30 +932,23 @@ class Training(TestCase):
 
     def test_bad_command_lines_are_refused_in_one_line(self):
         out = os.path.join(self.folder(), "run")
-        for arguments, says in (
-            (["--steps", "0"], "at least 1, not 0"),
-            (["--steps", "-5"], "at least 1, not -5"),
-            (["--steps", "many"], "whole number"),
-            (["--batch-size", "0"], "at least 1"),
-            (["--lr", "nan"], "finite"),
-            (["--lr", "-1"], "above 0"),
-            (["--lr", "0"], "above 0"),
-            (["--weight-decay", "inf"], "at least 0"),
-            (["--device", "nonsense"], "must be cpu, cuda or cuda:N"),
-            (["--device", "cuda:99"], "99"),
-            (["--dtype", "float16"], "float32, bfloat16"),
-            (["--n-layers", "0"], "at least 1"),
-            (["--act-fn", "tanh"], "relu, gelu_new"),
-            (["--task", "nonsense"], "must be one of affine"),
-            (["--task", "linear-0"], "K of at least 1"),
-            (["--task", "linear-99"], "too long"),
-            (["--initializer-range", "0"], "above 0"),
-            (["--initializer-range", "nan"], "above 0"),
-            (["--n-ctx", "8"], "n_ctx must be at least 14"),
-            (["--seeds", "5-2"], "seeds such as"),
-            (["--seeds", "1,1"], "twice"),
-            (["--speed", "high"], "unrecognized"),
-        ):
+        for arguments, says in ((["--steps", "0"], "at least 1, not 0"),
+                                (["--steps", "-5"], "at least 1, not -5"),
+                                (["--steps", "many"], "whole number"), (["--batch-size", "0"], "at least 1"),
+                                (["--lr", "nan"], "finite"), (["--lr", "-1"], "above 0"),
+                                (["--lr", "0"], "above 0"), (["--weight-decay", "inf"], "at least 0"),
+                                (["--device", "nonsense"], "must be cpu, cuda or cuda:N"),
+                                (["--device", "cuda:99"], "99"),
+                                (["--dtype", "float16"], "float32, bfloat16"),
+                                (["--n-layers", "0"], "at least 1"), (["--act-fn", "tanh"], "relu, gelu_new"),
+                                (["--task", "nonsense"], "must be one of affine"),
+                                (["--task", "linear-0"], "K of at least 1"),
+                                (["--task", "linear-99"], "too long"),
+                                (["--initializer-range", "0"], "above 0"),
+                                (["--initializer-range", "nan"], "above 0"),
+                                (["--n-ctx", "8"], "n_ctx must be at least 14"),
+                                (["--seeds", "5-2"], "seeds such as"), (["--seeds", "1,1"], "twice"),
+                                (["--speed", "high"], "unrecognized")):
             with self.subTest(arguments):
                 self.assertRefused(2, says, train.main, *arguments, "--out", out)
         self.assertFalse(os.path.exists(out))
@@ -1066,9 +979,8 @@ class Training(TestCase):
         losses = []
         for run in (cpu, cuda):
             trainer = train.Trainer([run])
-            with mock.patch.object(
-                data, "sample", lambda *_: data.Sample(a.to(run.options.device), None, None)
-            ):
+            with mock.patch.object(data, "sample",
+                                   lambda *_: data.Sample(a.to(run.options.device), None, None)):
                 losses.append([trainer.train_step().item() for _ in range(20)])
         self.assertClose(torch.tensor(losses[0]) / torch.tensor(losses[1]), 1, 1e-3)
 
@@ -1084,9 +996,8 @@ class Interventions(TestCase):
         self.plain = self.model(self.x, cache=self.cache)
 
     def test_zero_ablation_is_a_model_without_those_weights(self):
-        hooks = interventions.replace_outputs(
-            interventions.zero_outputs(self.model), [(0, 1), (0, 2), (1, 0)], mlps=[1]
-        )
+        hooks = interventions.replace_outputs(interventions.zero_outputs(self.model),
+                                              [(0, 1), (0, 2), (1, 0)], mlps=[1])
         without = random_model()
         without.blocks[0].attn.W_O[[1, 2]] = 0
         without.blocks[1].attn.W_O[0] = 0
@@ -1100,9 +1011,8 @@ class Interventions(TestCase):
             after = {}
             self.model(self.x, hooks=interventions.replace_outputs(means, [(0, 2)], [0]), cache=after)
             z = self.cache["blocks.0.attn.hook_z"]
-            self.assertClose(
-                after["blocks.0.attn.hook_z"][:, :, 2], z.mean(dims)[..., 2, :].expand_as(z[:, :, 2]), 1e-12
-            )
+            self.assertClose(after["blocks.0.attn.hook_z"][:, :, 2],
+                             z.mean(dims)[..., 2, :].expand_as(z[:, :, 2]), 1e-12)
             self.assertTrue(torch.equal(after["blocks.0.attn.hook_z"][:, :, :2], z[:, :, :2]))
             self.assertClose(
                 after["blocks.0.hook_mlp_out"],
@@ -1146,10 +1056,8 @@ class Interventions(TestCase):
     def test_kept_and_removed_directions_add_up(self):
         name = "blocks.0.hook_attn_out"
         value = self.cache[name]
-        mean, directions = (
-            value.mean(0),
-            torch.linalg.qr(torch.randn(12, 2, generator=seeded(), dtype=torch.double))[0].T,
-        )
+        mean, directions = (value.mean(0),
+                            torch.linalg.qr(torch.randn(12, 2, generator=seeded(), dtype=torch.double))[0].T)
         kept = interventions.keep_directions(name, mean, directions)[name](value)
         removed = interventions.remove_directions(name, mean, directions)[name](value)
         self.assertClose(kept + removed, value + mean, 1e-12)
@@ -1179,69 +1087,52 @@ class Interventions(TestCase):
     def test_qk_of_zero_is_uniform_attention(self):
         cache = {}
         interventions.replace_qk(self.model, 1, [1], 0.0, 0.0)(self.x, cache=cache)
-        self.assertClose(
-            cache["blocks.1.attn.hook_pattern"][:, 1], analyze.uniform_pattern(6)[0].double(), 1e-7
-        )
-        self.assertClose(
-            cache["blocks.1.attn.hook_pattern"][:, 0], self.cache["blocks.1.attn.hook_pattern"][:, 0], 1e-12
-        )
+        self.assertClose(cache["blocks.1.attn.hook_pattern"][:, 1], analyze.uniform_pattern(6)[0].double(),
+                         1e-7)
+        self.assertClose(cache["blocks.1.attn.hook_pattern"][:, 0],
+                         self.cache["blocks.1.attn.hook_pattern"][:, 0], 1e-12)
 
 
 class Measures(TestCase):
     def test_eigenvalue_score_of_known_circuits(self):
         quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
-        for matrix, score in (
-            (torch.eye(4), 1),
-            (-torch.eye(4), -1),
-            (quarter_turn, 0),
-            (torch.diag(torch.tensor([3.0, -1.0])), 0.5),
-        ):
+        for matrix, score in ((torch.eye(4), 1), (-torch.eye(4), -1), (quarter_turn, 0),
+                              (torch.diag(torch.tensor([3.0, -1.0])), 0.5)):
             self.assertAlmostEqual(analyze.eigenvalue_score(matrix).item(), score, places=6)
 
     def test_eigenvalue_score_of_thin_factors_is_that_of_their_product(self):
         transformer = random_model()
-        product = torch.stack(
-            [analyze.eigenvalue_score(analyze.ov_circuit(transformer, l)) for l in range(2)]
-        )
+        product = torch.stack([analyze.eigenvalue_score(analyze.ov_circuit(transformer, l))
+                               for l in range(2)])
         self.assertClose(analyze.ov_eigenvalue_scores(transformer), product, 1e-5)
 
     def test_effective_rank_of_known_matrices(self):
-        self.assertAlmostEqual(
-            analyze.effective_rank(torch.outer(torch.arange(1.0, 4), torch.ones(5))).item(), 1, places=5
-        )
+        self.assertAlmostEqual(analyze.effective_rank(torch.outer(torch.arange(1.0, 4),
+                                                                  torch.ones(5))).item(), 1, places=5)
         self.assertAlmostEqual(
             analyze.effective_rank(torch.linalg.qr(torch.randn(6, 6, generator=seeded()))[0]).item(),
             6,
             places=4,
         )
-        self.assertAlmostEqual(
-            analyze.effective_rank(torch.diag(torch.tensor([2.0, 1.0, 0.0]))).item(), 9 / 5, places=5
-        )
+        self.assertAlmostEqual(analyze.effective_rank(torch.diag(torch.tensor([2.0, 1.0, 0.0]))).item(),
+                               9 / 5, places=5)
 
     def test_identity_cosine_of_known_matrices(self):
         quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
         half = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0]))
-        for matrix, cosine in (
-            (3 * torch.eye(5), 1),
-            (-torch.eye(5), -1),
-            (quarter_turn, 0),
-            (half, 0.5**0.5),
-        ):
+        for matrix, cosine in ((3 * torch.eye(5), 1), (-torch.eye(5), -1), (quarter_turn, 0),
+                               (half, 0.5**0.5)):
             self.assertAlmostEqual(analyze.identity_cosine(matrix).item(), cosine, places=6)
 
     def test_share_outside_a_subspace(self):
         W_E = torch.eye(128)[:40]
         self.assertAlmostEqual(analyze.outside_share(W_E[3] + W_E[5], W_E).item(), 0, places=6)
         self.assertAlmostEqual(analyze.outside_share(torch.eye(128)[50], W_E).item(), 1, places=6)
-        self.assertAlmostEqual(
-            analyze.outside_share(torch.eye(128)[0] + torch.eye(128)[90], W_E).item(), 0.5**0.5, places=6
-        )
+        self.assertAlmostEqual(analyze.outside_share(torch.eye(128)[0] + torch.eye(128)[90], W_E).item(),
+                               0.5**0.5, places=6)
         W_E = torch.randn(40, 128, generator=seeded())
-        self.assertAlmostEqual(
-            analyze.outside_share(torch.randn(500, 128, generator=seeded(1)), W_E).mean().item(),
-            (88 / 128) ** 0.5,
-            delta=0.01,
-        )
+        self.assertAlmostEqual(analyze.outside_share(torch.randn(500, 128, generator=seeded(1)),
+                                                     W_E).mean().item(), (88 / 128) ** 0.5, delta=0.01)
 
     def test_line_and_plane_are_recovered(self):
         x = torch.randn(3, 50, generator=seeded(), dtype=torch.double)
@@ -1250,11 +1141,9 @@ class Measures(TestCase):
         self.assertClose(intercept, 1, 1e-9)
         self.assertClose(r2, 1, 1e-9)
         noise = torch.randn(3, 50, generator=seeded(9), dtype=torch.double)
-        self.assertClose(
-            analyze.fit_line(x, x + noise)[2],
-            torch.stack([torch.corrcoef(torch.stack([u, u + v]))[0, 1] ** 2 for u, v in zip(x, noise)]),
-            1e-9,
-        )
+        self.assertClose(analyze.fit_line(x, x + noise)[2],
+                         torch.stack([torch.corrcoef(torch.stack([u, u + v]))[0, 1] ** 2
+                                      for u, v in zip(x, noise)]), 1e-9)
         coefficients, r2 = analyze.regress(3 * x - 0.5 * noise, x, noise)
         self.assertClose(coefficients, torch.tensor([3, -0.5]), 1e-9)
         self.assertAlmostEqual(r2, 1)
@@ -1268,11 +1157,8 @@ class Measures(TestCase):
         self.assertEqual(analyze.second_token_score(previous).item(), 0)
         self.assertEqual(analyze.second_token_score(second).item(), 1)
         uniform = analyze.uniform_pattern(14)
-        self.assertAlmostEqual(
-            analyze.previous_token_score(uniform).item(),
-            sum(1 / (q + 1) for q in range(1, 14)) / 13,
-            places=6,
-        )
+        self.assertAlmostEqual(analyze.previous_token_score(uniform).item(),
+                               sum(1 / (q + 1) for q in range(1, 14)) / 13, places=6)
 
     def test_components_sum_to_output(self):
         transformer, x, kept = random_model(), random_input(), {}
@@ -1281,21 +1167,15 @@ class Measures(TestCase):
         part = lambda component: analyze.direct_attribution(transformer, component, target, scale)
         total = part(kept["hook_embed"]) + part(kept["hook_pos_embed"])
         for l, block in enumerate(transformer.blocks):
-            total = (
-                total
-                + part(kept[f"blocks.{l}.attn.hook_result"]).sum(-1)
-                + part(block.attn.b_O.expand_as(kept["hook_embed"]))
-                + part(kept[f"blocks.{l}.hook_mlp_out"])
-            )
+            total = (total + part(kept[f"blocks.{l}.attn.hook_result"]).sum(-1)
+                     + part(block.attn.b_O.expand_as(kept["hook_embed"]))
+                     + part(kept[f"blocks.{l}.hook_mlp_out"]))
         biases = transformer.ln_final.b @ transformer.unembed.W_U + transformer.unembed.b_U
         self.assertClose(total + target @ biases, (y * target).sum(-1), 1e-9)
 
     def test_the_papers_attribution_forgets_the_size_of_a_component(self):
-        transformer, target, component = (
-            random_model(),
-            random_input(seed=5),
-            torch.randn(4, 6, 3, 12, generator=seeded(), dtype=torch.double),
-        )
+        transformer, target, component = (random_model(), random_input(seed=5),
+                                          torch.randn(4, 6, 3, 12, generator=seeded(), dtype=torch.double))
         once = analyze.direct_attribution(transformer, component, target)
         self.assertEqual(once.shape, (4, 6, 3))
         self.assertClose(analyze.direct_attribution(transformer, 1000 * component, target), once, 1e-3)
@@ -1314,9 +1194,8 @@ class Measures(TestCase):
     def test_the_solver_is_least_squares_on_vectors_that_are_no_recurrence(self):
         x = torch.randn(1, 3, 4, generator=seeded(), dtype=torch.float64)
         # Unknowns c, d_0 .. d_3 of the equations x_1 = c x_0 + d and x_2 = c x_1 + d.
-        equations = torch.cat(
-            [torch.cat([x[0, i][:, None], torch.eye(4, dtype=x.dtype)], 1) for i in range(2)]
-        )
+        equations = torch.cat([torch.cat([x[0, i][:, None], torch.eye(4, dtype=x.dtype)], 1)
+                               for i in range(2)])
         c, *d = torch.linalg.lstsq(equations, x[0, 1:].flatten()[:, None]).solution[:, 0]
         self.assertClose(data.solve_recurrence(x)[0, 0], c * x[0, 2] + torch.stack(d), 1e-9)
 
@@ -1350,11 +1229,9 @@ class Measures(TestCase):
             linear = lambda x: 2 * x - 3 * F.pad(x, (0, 0, 1, 0))[:, :-1]
             solver = lambda x: F.pad(data.solve_recurrence(x), (0, 0, 2, 0))
             two_steps = lambda x: F.pad(data.solve_two_steps(x), (0, 0, 4, 0))
-            for predict, expected in (
-                (linear, {6: 2, 5: -3}),
-                (solver, {6: c + 0.5, 5: 0.5 - c / 2, 4: -c / 2}),
-                (two_steps, {6: 1, 5: c**2, 4: -(c**2)}),
-            ):
+            for predict, expected in ((linear, {6: 2, 5: -3}),
+                                      (solver, {6: c + 0.5, 5: 0.5 - c / 2, 4: -c / 2}),
+                                      (two_steps, {6: 1, 5: c**2, 4: -(c**2)})):
                 w = analyze.source_weights(predict, x, v[0])
                 wanted = torch.tensor([float(expected.get(s, 0)) for s in range(9)], dtype=torch.double)
                 self.assertClose(w[:, 6], wanted.expand(3, -1), 1e-7)
@@ -1369,15 +1246,13 @@ class Measures(TestCase):
         c, w = 1.5, torch.zeros(1, 9, 9, dtype=torch.double)
         w[:, 6, 5], w[:, 7, 7] = c**2, c
         A, B = analyze.strides(w, c)
-        self.assertClose(
-            torch.stack([A[0, 6], B[0, 6], A[0, 7], B[0, 7]]), torch.tensor([1.0, 0, 0, 1]), 1e-9
-        )
+        self.assertClose(torch.stack([A[0, 6], B[0, 6], A[0, 7], B[0, 7]]), torch.tensor([1.0, 0, 0, 1]),
+                         1e-9)
 
     def test_a_predictor_that_is_not_equivariant_has_weights_that_differ_with_the_direction(self):
         x, D = self.recurrences(1.2), torch.linspace(0, 2, 40, dtype=torch.double)
-        first, second = (
-            analyze.source_weights(lambda x: x * D, x, v) for v in analyze.off_plane(x, seeded(5), 2)
-        )
+        first, second = (analyze.source_weights(lambda x: x * D, x, v)
+                         for v in analyze.off_plane(x, seeded(5), 2))
         self.assertGreater((first - second).abs().max(), 0.05)
 
     def test_weights_of_components_add_up_to_those_of_the_output(self):
@@ -1403,17 +1278,12 @@ class Measures(TestCase):
 
     def test_interleaved_sequences_keep_what_their_names_say(self):
         c = torch.tensor([1.5, -1.3, 0.8, 1.9]).double()
-        with mock.patch.object(
-            data,
-            "uniform",
-            lambda g, low, high, *shape: (
-                low + (high - low) * torch.rand(*shape, generator=g, dtype=torch.double)
-            ),
-        ):
+        with mock.patch.object(data, "uniform", lambda g, low, high,
+                               *shape: (low + (high - low)
+                                        * torch.rand(*shape, generator=g, dtype=torch.double))):
             kinds = data.interleaved(14, c, seeded())
-        off = lambda predicted, a: (
-            (predicted - a[:, -predicted.shape[1] :]).abs().amax((1, 2)) > 1e-6
-        ).tolist()
+        off = lambda predicted, a: ((predicted
+                                     - a[:, -predicted.shape[1] :]).abs().amax((1, 2)) > 1e-6).tolist()
         affine = {kind: off(data.solve_recurrence(a[:, :-1]), a) for kind, a in kinds.items()}
         stride = {kind: off(data.solve_two_steps(a[:, :-1]), a) for kind, a in kinds.items()}
         self.assertEqual(affine["recurrence"], [False] * 4)
@@ -1470,27 +1340,20 @@ class Measures(TestCase):
         attn = transformer.blocks[1].attn
         attn.b_Q.zero_(), attn.b_K.zero_()
         transformer(random_input(), cache=cache)
-        scores = (
-            torch.einsum("bqd,hdD,bkD->bhqk", x, analyze.qk_circuit(transformer, 1), x) / SMALL.d_head**0.5
-        )
+        scores = (torch.einsum("bqd,hdD,bkD->bhqk", x, analyze.qk_circuit(transformer, 1), x)
+                  / SMALL.d_head**0.5)
         kept = cache["blocks.1.attn.hook_attn_scores"]
         self.assertClose(scores[kept.isfinite()], kept[kept.isfinite()], 1e-9)
-        result = torch.einsum(
-            "bhqk,bkd,hdD->bqhD", cache["blocks.1.attn.hook_pattern"], x, analyze.ov_circuit(transformer, 1)
-        )
+        result = torch.einsum("bhqk,bkd,hdD->bqhD", cache["blocks.1.attn.hook_pattern"], x,
+                              analyze.ov_circuit(transformer, 1))
         self.assertClose(result, cache["blocks.1.attn.hook_result"], 1e-9)
 
 
 class Analysis(TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.counts = {
-            "POPULATION": 40,
-            "SMALL": 20,
-            "HELD_OUT_PER_LENGTH": 10,
-            "HEAD_ABLATION": 10,
-            "EXAMPLES": 20,
-        }
+        cls.counts = {"POPULATION": 40, "SMALL": 20, "HELD_OUT_PER_LENGTH": 10, "HEAD_ABLATION": 10,
+                      "EXAMPLES": 20}
         cls.counts |= {"QK_DRAWS": 2, "RESAMPLES": 50, "PER_C": 1}
 
     def setUp(self):
@@ -1507,10 +1370,9 @@ class Analysis(TestCase):
 
     def test_a_claim_does_not_depend_on_what_else_is_computed(self):
         study = self.study(seed=3)
-        after_others = [
-            analyze.CLAIMS[name].find(study) for name in ("alpha", "l0_ov_r2_random", "l0_orthogonal")
-        ][-1]
-        alone = analyze.CLAIMS["l0_orthogonal"].find(self.study(seed=3))
+        after_others = [analyze.CLAIMS[name].function(study)
+                        for name in ("alpha", "l0_ov_r2_random", "l0_orthogonal")][-1]
+        alone = analyze.CLAIMS["l0_orthogonal"].function(self.study(seed=3))
         self.assertEqual(analyze.plain(after_others.measured), analyze.plain(alone.measured))
 
     def test_an_untrained_model_reproduces_no_learnt_claim(self):
@@ -1520,7 +1382,7 @@ class Analysis(TestCase):
             "l2_ov_identity l2_qk_identity lens_after_l0 eigenvalue_score alpha source_weights two_steps "
             "gain_control knob"
         ).split():
-            self.assertEqual(analyze.CLAIMS[name].find(study).verdict, "not reproduced", name)
+            self.assertEqual(analyze.CLAIMS[name].function(study).verdict, "not reproduced", name)
 
     def test_a_model_built_as_the_paper_says_reproduces_the_circuit_claims(self):
         study = self.study(transformer=model.Transformer(generator=seeded()))
@@ -1529,7 +1391,7 @@ class Analysis(TestCase):
         attn.W_Q.copy_(half), attn.W_K.copy_(half)
         attn.W_V.copy_(half), attn.W_O.copy_(-half.transpose(1, 2))
         for name in ("l2_ov_identity", "l2_qk_identity", "eigenvalue_score"):
-            self.assertEqual(analyze.CLAIMS[name].find(study).verdict, "reproduced", name)
+            self.assertEqual(analyze.CLAIMS[name].function(study).verdict, "reproduced", name)
 
     def test_an_ov_circuit_that_copies_is_found_between_data_vectors(self):
         """Heads that copy what W_E reads into what W_U reads, times a factor: slope and R^2 must say so."""
@@ -1547,7 +1409,7 @@ class Analysis(TestCase):
         a = a[a.norm(dim=-1) >= 1]
         self.assertClose(r2, 1, 1e-4)
         self.assertClose(slope * a.norm(dim=-1), 128**0.5, 0.1)  # ln1 gives every vector the norm sqrt(128)
-        self.assertEqual(analyze.CLAIMS["l0_ov_r2"].find(study).verdict, "reproduced")
+        self.assertEqual(analyze.CLAIMS["l0_ov_r2"].function(study).verdict, "reproduced")
 
     def test_ablations_and_held_scales_are_what_they_say(self):
         study = self.study()
@@ -1571,9 +1433,8 @@ class Analysis(TestCase):
         self.assertEqual({e.shape for e in errors.values()}, {(40, 12)})
         self.assertEqual(list(errors), list(analyze.PREDICTORS))
         self.assertClose(errors["last vector"], ((a[:, 2:-1] - a[:, 3:]) ** 2).mean(-1), 1e-7)
-        self.assertClose(
-            errors["model"].mean(1), analyze.squared_errors(study.model(a[:, :-1]), a[:, 1:]), 1e-7
-        )
+        self.assertClose(errors["model"].mean(1), analyze.squared_errors(study.model(a[:, :-1]), a[:, 1:]),
+                         1e-7)
         self.assertLess(errors["exact solver"].max(), 1e-9)
         fitted = {name: e.mean() for name, e in analyze.predictor_errors(study, study.population.a).items()}
         self.assertLess(fitted["best linear"], min(fitted["zero"], fitted["last vector"]))
@@ -1591,7 +1452,7 @@ class Analysis(TestCase):
                 self.assertEqual(known[lag].flatten().tolist(), list(range(first - lag, 9 - lag)))
 
     def test_errors_of_a_model_that_is_the_rule_are_those_of_the_rule(self):
-        real, find = analyze.predictions, analyze.CLAIMS["rule_errors"].find
+        real, find = analyze.predictions, analyze.CLAIMS["rule_errors"].function
 
         def predictions(model_from):
             def made(study, a):
@@ -1662,10 +1523,8 @@ class Analysis(TestCase):
 
     def test_a_run_of_another_task_gets_what_has_a_meaning_for_it(self):
         for task, drawn in (("linear-2", True), ("quadratic", False)):
-            run, out = (
-                os.path.join(self.runs_folder({"task": task}), "seed_0000"),
-                os.path.join(self.folder(), "figures"),
-            )
+            run, out = (os.path.join(self.runs_folder({"task": task}), "seed_0000"),
+                        os.path.join(self.folder(), "figures"))
             status, said, err = command(analyze.main, "--all", "--run", run, "--out", out)
             self.assertEqual(status, 0, err)
             (line,) = (line for line in said.splitlines() if line.startswith("left out"))
@@ -1673,9 +1532,8 @@ class Analysis(TestCase):
             for name in ("figure 20", "figure 22", "alpha", "l2_checkerboard", "two_steps"):
                 self.assertIn(name, line)
             claims = json.loads(read(os.path.join(out, "results.json")))["claims"]
-            self.assertEqual(
-                set(claims), {name for name, claim in analyze.CLAIMS.items() if claim.tasks == "any"}
-            )
+            self.assertEqual(set(claims),
+                             {name for name, claim in analyze.CLAIMS.items() if claim.tasks == "any"})
             self.assertTrue(os.path.exists(os.path.join(out, "fig19_errors_by_position.png")))
             self.assertEqual(os.path.exists(os.path.join(out, "fig27_weight_sizes.png")), drawn)
 
@@ -1717,35 +1575,29 @@ class Analysis(TestCase):
         self.assertEqual(list(settings), ["relu, 0.02", "gelu_new, 0.02"])
         first = settings["relu, 0.02"]
         self.assertEqual(list(first["claims"]), list(analyze.CLAIMS))
-        runs = {
-            name: json.loads(read(os.path.join(folder, name, "results.json")))
-            for name in ("seed_0000", "seed_0007")
-        }
+        runs = {name: json.loads(read(os.path.join(folder, name, "results.json")))
+                for name in ("seed_0000", "seed_0007")}
         for name, claim in first["claims"].items():
-            self.assertEqual(
-                claim["verdicts"], {seed: found["claims"][name]["verdict"] for seed, found in runs.items()}
-            )
+            self.assertEqual(claim["verdicts"],
+                             {seed: found["claims"][name]["verdict"] for seed, found in runs.items()})
             for label, group in claim["values"].items():
                 values = [found["claims"][name]["values"][label] for found in runs.values()]
                 self.assertEqual(group["seeds"], values)
-                self.assertClose(
-                    torch.tensor(group["mean"]), torch.tensor(values).mean(), 1e-3 * max(1, abs(values[0]))
-                )
+                self.assertClose(torch.tensor(group["mean"]), torch.tensor(values).mean(),
+                                 1e-3 * max(1, abs(values[0])))
         steps = first["course"]["seed_0007"]
         self.assertEqual(list(steps), ["0", "64"])
         log = analyze.read_log(os.path.join(folder, "seed_0007", "log.csv"))
-        alone = analyze.Study(
-            model.load_weights(os.path.join(folder, "seed_0007", "weights.pt")), 0, analyze.SMALL, log
-        )
+        alone = analyze.Study(model.load_weights(os.path.join(folder, "seed_0007", "weights.pt")), 0,
+                              analyze.SMALL, log)
         self.assertEqual(steps["0"], analyze.course(alone))
         text = read(os.path.join(out, "seeds.md")).decode()
         self.assertEqual(text, analyze.seeds_markdown(settings))
 
     def test_folders_without_comparable_seeds_are_refused_and_nothing_is_written(self):
         folder, out = self.runs_folder({}, {}), os.path.join(self.folder(), "figures")
-        refused = lambda status, says, *args: self.assertRefused(
-            status, says, analyze.main, *args, "--out", out
-        )
+        refused = lambda status, says, *args: self.assertRefused(status, says, analyze.main, *args, "--out",
+                                                                 out)
         refused(1, "there is no run in", "--seeds", os.path.join(folder, "missing"))
         refused(1, "there is no run in", "--seeds", os.path.join(folder, "seed_0000"))
         refused(1, "has the setting relu, 0.02 of a folder before it", "--seeds", folder, folder)
@@ -1779,9 +1631,8 @@ class Analysis(TestCase):
         first, second = (os.path.join(self.folder(), "figures") for _ in range(2))
         draw, canvases = analyze.plt.close, []
         with mock.patch.object(analyze.plt, "close", lambda canvas: canvases.append(canvas) or draw(canvas)):
-            status, _, err = command(
-                analyze.main, "--all", "--run", os.path.join(HERE, "weights"), "--out", first
-            )
+            status, _, err = command(analyze.main, "--all", "--run", os.path.join(HERE, "weights"), "--out",
+                                     first)
         self.assertEqual(status, 0, err)
         self.assertEqual(len(canvases), len(analyze.FIGURES))
         for canvas in canvases:
@@ -1789,26 +1640,23 @@ class Analysis(TestCase):
                 self.assertTrue(canvas.get_suptitle())
                 panels = [axes for axes in canvas.axes if axes.get_label() != "<colorbar>"]
                 self.assertTrue(canvas.get_supxlabel() or any(axes.get_xlabel() for axes in panels))
-                self.assertTrue(
-                    canvas.get_supylabel()
-                    or any(axes.get_ylabel() or len(axes.get_yticklabels()) > 9 for axes in panels)
-                )
+                self.assertTrue(canvas.get_supylabel()
+                                or any(axes.get_ylabel() or len(axes.get_yticklabels()) > 9
+                                       for axes in panels))
                 for image in (image for axes in canvas.axes for image in axes.get_images()):
                     low, high = image.get_clim()
                     name = image.get_cmap().name
                     self.assertTrue(low == 0 and name == "Blues" or low == -high and name == "RdBu")
         with mock.patch.object(analyze, "draw", lambda *_: None):
-            self.assertEqual(
-                command(analyze.main, "--all", "--run", os.path.join(HERE, "weights"), "--out", second)[0], 0
-            )
+            self.assertEqual(command(analyze.main, "--all", "--run", os.path.join(HERE, "weights"), "--out",
+                                     second)[0], 0)
         for name in ("results.json", "results.md"):
             self.assertEqual(*(read(os.path.join(out, name)) for out in (first, second)))
         claims = json.loads(read(os.path.join(first, "results.json")))["claims"]
         self.assertEqual(list(claims), list(analyze.CLAIMS))
         for found in claims.values():
-            self.assertTrue(
-                set(found) >= {"claim", "paper", "measured", "interval", "control", "verdict", "why"}
-            )
+            self.assertTrue(set(found) >= {"claim", "paper", "measured", "interval", "control", "verdict",
+                                           "why"})
             self.assertIn(found["verdict"], analyze.MARKS)
             self.assertEqual(set(found["values"]), set(found["untrained"]["values"]))
 
@@ -1819,20 +1667,17 @@ class Analysis(TestCase):
         self.assertEqual(list(results["claims"]), list(analyze.CLAIMS))
         for name, found in results["claims"].items():
             claim = analyze.CLAIMS[name]
-            self.assertEqual(
-                (found["claim"], found["paper"], found["why"]), (claim.text, claim.paper, claim.rule)
-            )
+            self.assertEqual((found["claim"], found["paper"], found["why"]),
+                             (claim.text, claim.paper, claim.rule))
         for number in analyze.FIGURES:
             self.assertTrue(os.path.exists(os.path.join(HERE, "figures", analyze.figure_file(number))))
-        self.assertEqual(
-            read(os.path.join(HERE, "figures", "results.md")).decode(), analyze.markdown(results)
-        )
+        self.assertEqual(read(os.path.join(HERE, "figures", "results.md")).decode(),
+                         analyze.markdown(results))
         settings = json.loads(read(os.path.join(HERE, "figures", "seeds.json")))["settings"]
         first = next(iter(settings.values()))
         self.assertEqual(first["runs"]["seed_0000"]["sha256"], sha)
-        self.assertEqual(
-            read(os.path.join(HERE, "figures", "seeds.md")).decode(), analyze.seeds_markdown(settings)
-        )
+        self.assertEqual(read(os.path.join(HERE, "figures", "seeds.md")).decode(),
+                         analyze.seeds_markdown(settings))
         for name, found in results["claims"].items():
             self.assertEqual(first["claims"][name]["verdicts"]["seed_0000"], found["verdict"], name)
             for label, value in found["values"].items():
@@ -1843,9 +1688,8 @@ class Analysis(TestCase):
             text = read(os.path.join(HERE, name)).decode()
             self.assertLessEqual(max(map(len, text.splitlines())), most, name)
             for target in re.findall(r"\]\(([^)#]+)", text):
-                self.assertTrue(
-                    target.startswith("http") or os.path.exists(os.path.join(HERE, target)), target
-                )
+                self.assertTrue(target.startswith("http") or os.path.exists(os.path.join(HERE, target)),
+                                target)
 
     def test_the_readme_shows_the_committed_seeds(self):
         settings = json.loads(read(os.path.join(HERE, "figures", "seeds.json")))["settings"]
@@ -1855,19 +1699,17 @@ class Analysis(TestCase):
             (row,) = (line for line in readme if line.startswith(f"| `{name}` "))
             _, paper, ours, verdicts = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
             self.assertEqual(paper, analyze.paper_text(analyze.CLAIMS[name].paper))
-            self.assertEqual(
-                verdicts, " / ".join(map(str, analyze.count_verdicts(found["verdicts"].values()).values()))
-            )
-            self.assertIn(
-                ours.split()[0], [analyze.short(group["mean"]) for group in found["values"].values()]
-            )
+            self.assertEqual(verdicts,
+                             " / ".join(map(str,
+                                            analyze.count_verdicts(found["verdicts"].values()).values())))
+            self.assertIn(ours.split()[0],
+                          [analyze.short(group["mean"]) for group in found["values"].values()])
 
     def test_bad_command_lines_are_refused_in_one_line_and_write_nothing(self):
         folder = self.folder()
         out, run = os.path.join(folder, "figures"), os.path.join(folder, "run")
-        refused = lambda status, says, *args: self.assertRefused(
-            status, says, analyze.main, *args, "--out", out
-        )
+        refused = lambda status, says, *args: self.assertRefused(status, says, analyze.main, *args, "--out",
+                                                                 out)
         refused(2, "no figure 99", "--fig", "99")
         refused(2, "nothing to do")
         refused(2, "whole number", "--all", "--seed", "x")
@@ -1881,12 +1723,8 @@ class Analysis(TestCase):
         refused(1, "blocks.2", "--all", "--run", run)
         model.save_file(model.Transformer().state_dict(), os.path.join(run, "weights.pt"))
         refused(1, "no training log", "--all", "--run", run)
-        for garbage in (
-            "",
-            "step,loss,eval_mse,seconds\n",
-            "a,b\n1,2\n",
-            "step,loss,eval_mse,seconds\n1,x,y,z\n",
-        ):
+        for garbage in ("", "step,loss,eval_mse,seconds\n", "a,b\n1,2\n",
+                        "step,loss,eval_mse,seconds\n1,x,y,z\n"):
             with open(os.path.join(run, "log.csv"), "w") as f:
                 f.write(garbage)
             refused(1, "is no training log", "--all", "--run", run)

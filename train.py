@@ -38,17 +38,8 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 import data
-from model import (
-    Config,
-    Transformer,
-    check_settings,
-    load_file,
-    replacing,
-    save_file,
-    save_json,
-    setting,
-    settings_beside,
-)
+from model import (Config, Transformer, check_settings, load_file, replacing, save_file, save_json, setting,
+                   settings_beside)
 
 FILES = ("config.json", "checkpoint.pt", "weights.pt", "log.csv")
 COLUMNS = ("step", "loss", "eval_mse", "seconds")
@@ -72,14 +63,12 @@ class Options:
     weight_decay: float = setting(0.01, "weight decay of AdamW, on every parameter", zero=True)
     seed: int = setting(0, "decides the initial weights and the training data", zero=True)
     eval_every: int = setting(1000, "steps between two rows of log.csv")
-    dtype: str = setting(
-        "float32", "of the matrix products: float32 or bfloat16", choices=("float32", "bfloat16")
-    )
+    dtype: str = setting("float32", "of the matrix products: float32 or bfloat16",
+                         choices=("float32", "bfloat16"))
     tf32: bool = setting(False, "let CUDA round the factors of float32 products to TF32")
     no_steps: bool = setting(False, "keep no weights in steps/")
-    no_graphs: bool = setting(
-        False, "launch every kernel of a step on CUDA, instead of replaying captured steps"
-    )
+    no_graphs: bool = setting(False,
+                              "launch every kernel of a step on CUDA, instead of replaying captured steps")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N")
     threads: int = setting(torch.get_num_threads(), "CPU threads")
     out: str = setting(os.path.join("runs", "paper"), "run folder")
@@ -105,10 +94,8 @@ def from_settings(settings: dict) -> tuple[Options, Config]:
     names = [{f.name for f in fields(kind)} for kind in (Options, Config)]
     if unknown := sorted(settings.keys() - set.union(*names)):
         raise ValueError(f"there is no setting {unknown[0]!r}; settings are those of train.py --help")
-    options, config = (
-        kind(**{name: settings[name] for name in known & settings.keys()})
-        for kind, known in zip((Options, Config), names)
-    )
+    options, config = (kind(**{name: settings[name] for name in known & settings.keys()})
+                       for kind, known in zip((Options, Config), names))
     if config.n_ctx < data.MAX_LENGTH:
         raise ValueError(
             f"n_ctx must be at least {data.MAX_LENGTH}, the longest sequence, not {config.n_ctx}"
@@ -131,9 +118,8 @@ class Run:
 
     def __init__(self, settings: dict):
         self.options, config = from_settings(settings)
-        self.settings = {
-            k: v for k, v in (asdict(config) | asdict(self.options)).items() if k not in Options.SITTING
-        }
+        self.settings = {k: v for k, v in (asdict(config) | asdict(self.options)).items()
+                         if k not in Options.SITTING}
         # Drawn on the CPU, so that they are the same on every device; the lengths too, so that the host knows
         # them.
         self.task = data.find_task(self.options.task)
@@ -155,15 +141,10 @@ class Run:
         return {name: value.cpu() for name, value in self.model.state_dict().items()}
 
     def state(self) -> dict:
-        return {
-            "settings": self.settings,
-            "device": torch.device(self.options.device).type,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
-            "lengths": self.lengths.get_state(),
-            "sequences": self.sequences.get_state(),
-            **{name: getattr(self, name) for name in self.PROGRESS},
-        }
+        return {"settings": self.settings, "device": torch.device(self.options.device).type,
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"],
+                "lengths": self.lengths.get_state(), "sequences": self.sequences.get_state(),
+                **{name: getattr(self, name) for name in self.PROGRESS}}
 
     def load_state(self, state: dict, path: str):
         """Go on from a checkpoint. ValueError, and no change, if it is none or belongs to another run."""
@@ -197,9 +178,8 @@ class Run:
     def save_results(self):
         save_json(self.settings, self.path("config.json"))
         save_file(self.weights(), self.path("weights.pt"))
-        rows = [
-            f"{step},{loss:.8g},{eval_mse:.8g},{seconds:.1f}" for step, loss, eval_mse, seconds in self.log
-        ]
+        rows = [f"{step},{loss:.8g},{eval_mse:.8g},{seconds:.1f}"
+                for step, loss, eval_mse, seconds in self.log]
         with replacing(self.path("log.csv")) as f:
             f.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
 
@@ -241,9 +221,8 @@ def adamw(parameters: list[torch.Tensor], options: Options) -> torch.optim.AdamW
     """The paper's optimizer. Its moments exist from the start, so that a step can be captured and a
     checkpoint is always complete."""
     graphs = torch.device(options.device).type == "cuda" and not options.no_graphs
-    optimizer = torch.optim.AdamW(
-        parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True, capturable=graphs
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True,
+                                  capturable=graphs)
     for p in parameters:
         moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
@@ -387,10 +366,8 @@ class Trainer:
         # Libraries set themselves up in steps that really run; what those change is put back.
         torch.cuda.set_device(self.runs[0].sequences.device)
         generators, current = [run.sequences for run in self.runs], torch.cuda.current_stream()
-        tensors = [
-            *self.parameters,
-            *(value for state in self.optimizer.state.values() for value in state.values()),
-        ]
+        tensors = [*self.parameters,
+                   *(value for state in self.optimizer.state.values() for value in state.values())]
         saved = [tensor.detach().clone() for tensor in tensors]
         states = [generator.get_state() for generator in generators]
         side = torch.cuda.Stream()
@@ -521,9 +498,8 @@ def train(runs: list[Run]) -> bool:
             save = end or time.perf_counter() - saved >= max(SAVE_SECONDS, 20 * cost)
             if new_row or keep or save:
                 trainer.write_back()
-            evaluations = [
-                data.evaluate(run.model, held_out, trainer.task.first) if new_row else 0.0 for run in runs
-            ]
+            evaluations = [data.evaluate(run.model, held_out, trainer.task.first) if new_row else 0.0
+                           for run in runs]
             now = time.perf_counter()
             for run, eval_mse in zip(runs, evaluations):
                 run.check(eval_mse, f"the held-out MSE after step {step:,}")
@@ -567,9 +543,8 @@ def train_all(settings: list[dict], resume: bool, recorded: dict) -> bool:
         if not is_old:
             refuse_existing(s.get("out", Options.out))  # before any of them writes something
     opened = {i: open_run(settings[i], resume=True) for i, is_old in enumerate(old) if is_old}
-    opened |= {
-        i: open_run(recorded | settings[i], resume=False) for i, is_old in enumerate(old) if not is_old
-    }
+    opened |= {i: open_run(recorded | settings[i], resume=False) for i, is_old in enumerate(old)
+               if not is_old}
     runs = [opened[i] for i in range(len(settings))]
     for run in runs:
         if run.settings | {"seed": 0} != runs[0].settings | {"seed": 0}:
@@ -612,10 +587,8 @@ def benchmark(settings: dict, steps: int) -> str:
         return torch.randn(rows, columns, device=options.device, dtype=getattr(torch, options.dtype))
 
     def products(length: int) -> Callable:
-        factors = [
-            (random(options.batch_size * length, i), random(options.batch_size * length, o), random(i, o))
-            for i, o in layers
-        ]
+        factors = [(random(options.batch_size * length, i), random(options.batch_size * length, o),
+                    random(i, o)) for i, o in layers]
 
         def multiply():
             for n, (x, y, W) in enumerate(factors):
@@ -634,15 +607,11 @@ def benchmark(settings: dict, steps: int) -> str:
 
     def parts(length: int) -> dict[str, Callable]:
         kept: list[torch.Tensor] = []
-        return {
-            "sampling": lambda: kept.append(trainer.sample(length)),
-            "forward": lambda: kept.append(trainer.loss(kept[-1])),
-            "backward": lambda: trainer.backward(kept.pop()),
-            "AdamW": trainer.optimizer.step,
-            "products": bare[length],
-            "memory": lambda: target.copy_(source),
-            **({"captured step": trainer.graphs[length].replay} if trainer.graphs else {}),
-        }
+        return {"sampling": lambda: kept.append(trainer.sample(length)),
+                "forward": lambda: kept.append(trainer.loss(kept[-1])),
+                "backward": lambda: trainer.backward(kept.pop()), "AdamW": trainer.optimizer.step,
+                "products": bare[length], "memory": lambda: target.copy_(source),
+                **({"captured step": trainer.graphs[length].replay} if trainer.graphs else {})}
 
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     bare = {length: products(length) for length in lengths}
@@ -684,9 +653,8 @@ class CommandLine(argparse.ArgumentParser):
 
     def __init__(self, doc: str):
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            description=doc, formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS
-        )
+        super().__init__(description=doc, formatter_class=raw, allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS)
 
     def error(self, message: str):
         print(f"{self.prog}: error: {message}", file=sys.stderr)
@@ -734,11 +702,8 @@ def command_line() -> CommandLine:
             else:
                 text = f"{f.metadata['help']} (default: {f.default})"
                 group.add_argument(flag(f.name), type=types[f.type], help=text, metavar=f.type.__name__)
-    parser.add_argument(
-        "--seeds",
-        type=seed_list,
-        help="train several, such as 0-15, each into OUT/seed_NNNN; torchrun shares them out",
-    )
+    parser.add_argument("--seeds", type=seed_list,
+                        help="train several, such as 0-15, each into OUT/seed_NNNN; torchrun shares them out")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the out folder")
     text = f"train nothing: time the parts of a step, over --steps steps if given, else {BENCHMARK_STEPS}"
     parser.add_argument("--benchmark", action="store_true", help=text)
@@ -759,16 +724,11 @@ def keep_freed_memory():
 def main():
     parser = command_line()
     given = vars(parser.parse_args())
-    again = [
-        part
-        for name, value in given.items()
-        if name not in ("resume", "seeds", "benchmark")
-        for part in (flag(name), *([] if value is True else [str(value)]))
-    ]
+    again = [part for name, value in given.items() if name not in ("resume", "seeds", "benchmark")
+             for part in (flag(name), *([] if value is True else [str(value)]))]
     resume, seeds, bench = (given.pop(name, None) for name in ("resume", "seeds", "benchmark"))
-    rank, ranks, local_rank = (
-        int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    rank, ranks, local_rank = (int(os.environ.get(name, n))
+                               for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if ranks > 1 and not seeds:
         parser.error("under torchrun give --seeds: a single run is trained by a single process")
     if ranks > 1 and torch.cuda.is_available() and given.get("device", "cuda") == "cuda":
