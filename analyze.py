@@ -1398,7 +1398,7 @@ def figure_estimate(study: Study):
 # moves by w_s v.
 
 SIZES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2, 1.35, 1.5, 1.65, 1.8, 2.0)  # |c| at which weights are read
-PER_C = 5  # sequences for each c
+PER_C = 3  # sequences for each c
 KINDS = ("recurrence", "interleaved", "two fixed points", "two growths")  # of `data.interleaved`
 
 
@@ -1713,14 +1713,16 @@ def claim_one_knob(study: Study) -> Finding:
     kept, removed, control = [], [], {}
     span = torch.linalg.qr(study.model.unembed.W_U).Q
     for l in study.layers:
-        name, (mean, directions, shares) = f"blocks.{l}.hook_attn_out", main_directions(study, l, 3)
+        name, counts = f"blocks.{l}.hook_attn_out", (1, 2, 3) if l == 1 else (1,)
+        mean, directions, shares = main_directions(study, l, 3)
         for factors, change in ((kept, interventions.keep_directions),
                                 (removed, interventions.remove_directions)):
-            arms = [study.errors(l, change(name, mean, directions[:k])) for k in (1, 2, 3)]
+            arms = [study.errors(l, change(name, mean, directions[:k])) for k in counts]
             factors.append(torch.stack([arm.mean() for arm in arms]) / study.baseline.mean())
             if l == 1 and factors is kept:
                 interval = ratio_interval(arms[0], study.baseline, study.generator("one knob"))
-        control |= {f"layer {l}: 1, 2, 3 kept": kept[l], f"layer {l}: 1, 2, 3 removed": removed[l]}
+        numbers = ", ".join(map(str, counts))
+        control |= {f"layer {l}: {numbers} kept": kept[l], f"layer {l}: {numbers} removed": removed[l]}
         control[f"layer {l}: share of the variance along each"] = shares
         control[f"layer {l}: cosine of the first with what W_U reads"] = (directions[0] @ span).norm()
     control["that cosine by chance"] = (study.model.config.d_vocab / study.model.config.d_model) ** 0.5
@@ -1841,7 +1843,7 @@ def knob_shares(study: Study) -> dict[str, list[float]]:
     of one source position; "size" key and value of position 1 of the same sequence with a_0 and a_1 as long
     as in the other, "size of a_0" and "size of a_1" with only one of them.
     """
-    scale, resid, count = "ln_final.hook_scale", "blocks.1.hook_resid_pre", max(10, study.size // 10)
+    scale, resid, count = "ln_final.hook_scale", "blocks.1.hook_resid_pre", max(10, study.size // 20)
     k, v, pattern, z = (f"blocks.1.attn.hook_{name}" for name in ("k", "v", "pattern", "z"))
     both = []
     for low, high in ((0.2, 0.7), (1.5, 2.0)):

@@ -552,9 +552,8 @@ def train_all(settings: list[dict], resume: bool, recorded: dict) -> bool:
         if run.step:
             print(f"resuming {run.options.out} at step {run.step:,}", flush=True)
     groups = [[run] for run in runs]
-    if (
-        runs and runs[0].sequences.device.type == "cuda"
-    ):  # a kill in the middle of saving may leave some ahead
+    if runs and runs[0].sequences.device.type == "cuda":
+        # As one; but a kill in the middle of saving may have left some ahead of the others.
         groups = [[run for run in runs if run.step == step] for step in sorted({run.step for run in runs})]
     for group in groups:
         if not train(group):
@@ -580,15 +579,14 @@ def benchmark(settings: dict, steps: int) -> str:
     cuda, lengths = run.sequences.device.type == "cuda", run.task.lengths
     h, d, m, v = config.n_heads * config.d_head, config.d_model, config.d_mlp, config.d_vocab
     layers = [(v, d)] + config.n_layers * (3 * [(d, h)] + [(h, d), (d, m), (m, d)]) + [(d, v)]
-    source = torch.randn(4 * sum(p.numel() for p in run.parameters), device=options.device)
+    # AdamW moves 16 + 12 bytes a parameter, a copy 8 bytes a number.
+    source = torch.randn(sum(p.numel() for p in run.parameters) * 28 // 8, device=options.device)
     target = torch.empty_like(source)
 
-    def random(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, device=options.device, dtype=getattr(torch, options.dtype))
-
     def products(length: int) -> Callable:
-        factors = [(random(options.batch_size * length, i), random(options.batch_size * length, o),
-                    random(i, o)) for i, o in layers]
+        random = lambda *shape: torch.randn(shape, device=options.device, dtype=getattr(torch, options.dtype))
+        rows = options.batch_size * length
+        factors = [(random(rows, i), random(rows, o), random(i, o)) for i, o in layers]
 
         def multiply():
             for n, (x, y, W) in enumerate(factors):
@@ -605,35 +603,35 @@ def benchmark(settings: dict, steps: int) -> str:
             multiply()
         return graph.replay
 
-    def parts(length: int) -> dict[str, Callable]:
-        kept: list[torch.Tensor] = []
-        return {"sampling": lambda: kept.append(trainer.sample(length)),
-                "forward": lambda: kept.append(trainer.loss(kept[-1])),
-                "backward": lambda: trainer.backward(kept.pop()), "AdamW": trainer.optimizer.step,
-                "products": bare[length], "memory": lambda: target.copy_(source),
-                **({"captured step": trainer.graphs[length].replay} if trainer.graphs else {})}
-
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     bare = {length: products(length) for length in lengths}
     if cuda and not options.no_graphs:
         trainer.capture()
+    kept: list[torch.Tensor] = []
+    parts: dict[str, Callable] = {
+        "sampling": lambda length: kept.append(trainer.sample(length)),
+        "forward": lambda _: kept.append(trainer.loss(kept[-1])),
+        "backward": lambda _: trainer.backward(kept.pop()),
+        "AdamW": lambda _: trainer.optimizer.step(),
+        "products": lambda length: bare[length](),
+        "memory": lambda _: target.copy_(source),
+    }
+    if trainer.graphs:
+        parts["captured step"] = lambda length: trainer.graphs[length].replay()
     rounds: list[dict[str, float]] = []
     for _ in range(3 + max(3, steps // len(lengths))):
-        spent: dict[str, float] = {}
+        spent = dict.fromkeys(parts, 0.0)
         for length in lengths:
-            for name, part in parts(length).items():
+            for name, part in parts.items():
                 start = time.perf_counter()
-                part()
+                part(length)
                 if cuda:
                     torch.cuda.synchronize()
-                spent[name] = spent.get(name, 0.0) + 1e3 * (time.perf_counter() - start) / len(lengths)
-        # A copy moves 8 bytes a number; AdamW reads 16 and writes 12 for each of a quarter as many.
-        spent["memory"] *= 28 / 32
-        spent["step"] = sum(spent[name] for name in ("sampling", "forward", "backward", "AdamW"))
-        rounds.append(spent)
+                spent[name] += 1e3 * (time.perf_counter() - start) / len(lengths)
+            kept.clear()
+        rounds.append(spent | {"step": sum(spent[name] for name in list(parts)[:4])})
+    times = {name: torch.tensor([spent[name] for spent in rounds[3:]]) for name in rounds[0]}  # 3 warm up
 
-    rounds = rounds[3:]  # the first three warm up
-    times = {name: torch.tensor([spent[name] for spent in rounds]) for name in rounds[0]}
     rows = [f"{'ms per step':14}{'median':>9}{'5%':>9}{'95%':>9}"]
     for name, values in times.items():
         rows.append(f"{name:14}" + "".join(f"{values.quantile(q).item():9.3f}" for q in (0.5, 0.05, 0.95)))
@@ -661,20 +659,19 @@ class CommandLine(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def whole_number(text: str) -> int:
+def number(kind: type, what: str) -> Callable:
     """An argparse type."""
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from error
+
+    def convert(text: str):
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}") from error
+
+    return convert
 
 
-def real_number(text: str) -> float:
-    """An argparse type."""
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from error
+whole_number, real_number = number(int, "a whole number"), number(float, "a number")
 
 
 def seed_list(text: str) -> list[int]:
