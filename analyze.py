@@ -1925,8 +1925,9 @@ def figure_weight_sizes(study: Study):
     )
     canvas, panels = grid(1, 2, 10, 4.2, title)
     size, mean = weights.w.pow(2).mean(0).sqrt(), weights.w.mean(0)
+    limit = size[study.task.first :].max().item()  # the rows above it are of vectors that cannot be known yet
     for axes, matrix, name in zip(panels, (size, mean), ("root mean square", "mean")):
-        canvas.colorbar(heat(axes, matrix, size.max().item()), ax=axes, label="weight $w_s$")
+        canvas.colorbar(heat(axes, matrix, limit), ax=axes, label="weight $w_s$")
         axes.set(title=f"{name} over {len(weights.w)} sequences", xlabel="source s", ylabel="position n")
     return canvas
 
@@ -1981,12 +1982,14 @@ def figure_tasks(runs: dict[str, dict]):
     """Error by position, a panel for each of `task_results`."""
     rows = -(-len(runs) // 4)
     title = "Other recurrences: error by position n, at which the next vector is predicted"
-    canvas, panels = grid(rows, 4, 11, 0.8 + 2.5 * rows, title, sharey=True, squeeze=False)
+    columns = -(-len(runs) // rows)
+    canvas, panels = grid(rows, columns, 11, 0.8 + 2.5 * rows, title, sharey=True, squeeze=False)
     for axes, found in zip(panels.flat, runs.values()):
         first, errors = found["first position"], found["by position"]
         draw_errors(axes, range(first, MAX_LENGTH), errors, marker=".")
         share = found["MSE, model"] / found["MSE, zero"]
-        axes.set(title=f"{found['task']}: {share:.1%} unexplained", ylim=(1e-9, 10), xlim=(0, MAX_LENGTH))
+        axes.set(title=f"{found['task']}: {share:.1%} unexplained", ylim=(1e-18, 10))
+        axes.set(xlim=(0.5, MAX_LENGTH), xticks=range(2, MAX_LENGTH, 2))
     for axes in panels.flat[len(runs) :]:
         axes.axis("off")
     canvas.supylabel("mean squared error", fontsize=9)
@@ -2024,23 +2027,23 @@ def depth_results(study: Study) -> dict:
 def figure_depths(runs: dict[str, dict]):
     """Errors and ablations, a line for each of `depth_results`."""
     canvas, panels = grid(1, 3, 11, 3.8, "How much transformer does it take?")
+    deepest = max(found["layers"] for found in runs.values())
+    names = [f"layer {l} {what}" for l in range(deepest) for what in ("heads", "MLP")]
     for i, found in enumerate(runs.values()):
-        line = {"color": LAYER_COLORS[i % 3], "marker": ".", "label": f"{found['layers']} layers"}
+        layers, color = found["layers"], LAYER_COLORS[i % 3]
+        line = {"color": color, "marker": ".", "label": f"{layers} layer{'s' * (layers > 1)}"}
         panels[0].semilogy(range(FIRST_POSITION, MAX_LENGTH), found["by position"], **line)
         panels[1].semilogy(np.arange(0, 2, C_BIN) + C_BIN / 2, found["by |c|"], **line)
-        arms = {name.split(" ablated")[0]: value for name, value in found.items() if " ablated" in name}
-        y = [2 * int(name[6]) + ("MLP" in name) + 0.2 * i for name in arms]
-        ablated, held = zip(*arms.values())
-        panels[2].hlines(y, ablated, held, color=line["color"], lw=1)
-        panels[2].plot(ablated, y, "o", color=line["color"], ms=5)
-        panels[2].plot(held, y, "o", color=line["color"], ms=5, mfc="white")
-    deepest = max(runs.values(), key=lambda found: found["layers"])["layers"]
-    names = [f"{l} {what}" for l in range(deepest) for what in ("heads", "MLP")]
+        for y, name in enumerate(names[: 2 * layers]):
+            ablated, held = found[f"{name} ablated, and with the clean scale: MSE / unchanged"]
+            panels[2].plot([ablated, held], [y + 0.2 * i] * 2, color=color, lw=1)
+            panels[2].plot(ablated, y + 0.2 * i, "o", color=color, ms=5)
+            panels[2].plot(held, y + 0.2 * i, "o", color=color, ms=5, mfc="white")
     panels[2].set_yticks(np.arange(len(names)) + 0.2, names)
     panels[2].set(xscale="log", xlabel="MSE / unchanged", title="mean-ablated; hollow: with the clean scale")
     panels[2].invert_yaxis()
-    panels[0].set(xlabel="position", ylabel="mean squared error", title="by position")
-    panels[1].set(xlabel="|c|", title="by |c|")
+    panels[0].set(xlabel="position", ylabel="mean squared error", title="error by position")
+    panels[1].set(xlabel="|c|", title="error by |c|")
     panels[0].legend()
     return canvas
 
