@@ -10,10 +10,11 @@
     python analyze.py --depths runs/depths --out figures             # models of one, two and three layers
 
 In order: helpers and the Study (a model and the sequences it is studied on); the paper, section by section,
-each with its measures, claims and figures; what the model computes (ours); runs compared; the report and the
-command line. A claim is a function from a Study to a Finding under @claim; its docstring is its rule, which
-the report prints. A figure is a function from a Study to a matplotlib figure under @figure. One of your own
-needs nothing else. Circuits are those of the folded model and act from the right: x @ W_V @ W_O.
+each with its measures, claims and figures; what the model computes (ours); tasks and depths; runs compared;
+the report and the command line. A claim is a function from a Study to a Finding under @claim; its docstring
+is its rule, which the report prints. A figure is a function from a Study to a matplotlib figure under
+@figure. One of your own needs nothing else. Circuits are those of the folded model and act from the right: x
+@ W_V @ W_O.
 """
 
 import copy
@@ -1437,8 +1438,8 @@ class Weights:
 @once
 def read_weights(study: Study, c: float | None = None, length: int = MAX_LENGTH,
                  count: int = PER_C) -> Weights:
-    """Source weights of `count` sequences (fewer in a small study) at one c, or drawn as in training; c and -c
-    get the same a_0 and d, but for their normalisation."""
+    """Source weights of `count` sequences (fewer in a small study) at one c, or drawn as in training; c and
+    -c get the same a_0 and d, but for their normalisation."""
     generator, count = study.generator(f"weights {abs(c or 0)}"), max(1, count * study.size // POPULATION)
     c_range = (-2.0, 2.0) if c is None else (c, c)
     sample = study.sample(count, length, generator, c_range, dtype=torch.float64)
@@ -1779,8 +1780,8 @@ def claim_interleaved(study: Study) -> Finding:
 
 @claim("where the two-step rule errs the model errs alike", None, 21, "share of the model's squared error")
 def claim_rule_errors(study: Study) -> Finding:
-    """1 - |model - rule|^2 / |model - truth|^2, the share of the model's error that `data.two_step_rule` makes
-    too, positions 4 to 13. On recurrences the rule is exact, also on longer, larger and smaller ones, and
+    """1 - |model - rule|^2 / |model - truth|^2, the share of the model's error that `data.two_step_rule`
+    makes too, positions 4 to 13. On recurrences the rule is exact, also on longer, larger and smaller ones, and
     foretells no error. It errs with noise on the inputs (standard deviation 0.01, the last prediction only),
     on two fixed points and on two growths, |c| from 1.2 to 2. At least half on all three; partly on two."""
     g, count = study.generator("rule"), min(EXAMPLES, study.size)
@@ -2114,7 +2115,7 @@ def measure_run(run: str, seed: int, progress: "Progress") -> dict:
 
 
 def kept_steps(run: str) -> dict[int, str]:
-    """The weights that a run kept, {step: path}, but for those between step 0 and 64, where nothing happens."""
+    """The weights that a run kept, {step: path}, without steps 1 to 63, in which nothing happens."""
     paths = sorted(glob.glob(os.path.join(glob.escape(run), "steps", "*.pt")))
     steps = {int(os.path.basename(path).removesuffix(".pt")): path for path in paths}
     return {step: path for step, path in steps.items() if not 0 < step < 64}
@@ -2255,8 +2256,8 @@ def seeds_markdown(settings: dict[str, dict]) -> str:
         paper, ours = (holding(courses, which) for which in (False, True))
         steps = enumerate(next(iter(courses.values())))
         rows = ([f"{int(step):,}", *(f"{paper[s][i]} + {ours[s][i]}" for s in courses)] for i, step in steps)
-        lines += ["", "## How many claims hold at each step", "", "Of the paper's + of ours, measured on fewer"]
-        lines += ["sequences than above.", "", *table(["step", *courses], rows)]
+        lines += ["", "## How many claims hold at each step", "", "Of the paper's + of ours, measured on"]
+        lines += ["fewer sequences than above.", "", *table(["step", *courses], rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -2473,7 +2474,8 @@ def measure(study: Study, claims: Iterable[str], progress: Progress, prefix: str
     results = {}
     for name in claims:
         progress.next(f"{prefix}claim {name}")
-        claim, found, fresh = CLAIMS[name], CLAIMS[name].function(study), CLAIMS[name].function(study.untrained)
+        claim = CLAIMS[name]
+        found, fresh = claim.function(study), claim.function(study.untrained)
         untrained = {"verdict": fresh.verdict, "values": fresh.values}
         text = {"claim": claim.text, "paper": claim.paper, "why": claim.rule}
         results[name] = plain({**text, **asdict(found), "untrained": untrained})

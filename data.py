@@ -105,13 +105,13 @@ def draw_polynomial(draw: Callable, batch: int, length: int, d_vocab: int, c_ran
 
 
 def draw_quadratic(draw: Callable, batch: int, length: int, d_vocab: int, c_range: tuple) -> Sample:
-    """a_n = b a_{n-1}^2 + c a_{n-1} + d in each dimension, bounded; c [batch, 2] holds b and c ~ U[c_range].
+    """a_n = b a_{n-1}^2 + c a_{n-1} + d in each dimension, bounded; c ~ U[c_range]. Sample.c has b and c.
 
-    With x = b a + c / 2 it reads x_n = x_{n-1}^2 + k, which stays within [-x*, x*], x* = (1 + sqrt(1 - 4 k)) /
-    2, for k from -2 to 1/4: fixed points, cycles and chaos. So k and x_0 are drawn, a little inside of that
+    With x = b a + c / 2 it reads x_n = x_{n-1}^2 + k, which stays within [-x*, x*], x* = (1 + sqrt(1 - 4 k))
+    / 2, for k from -2 to 1/4: fixed points, cycles and chaos. So k and x_0 are drawn, a little inside of that
     for the rounding, and d follows. b is 1 or -1 at first: how large it is only sets the unit of a.
     """
-    c, b = draw(*c_range, batch, 1), 1 - 2 * (draw(0, 1, batch, 1) < 0.5).to(draw(0, 1, 1))
+    c, b = draw(*c_range, batch, 1), torch.where(draw(0, 1, batch, 1) < 0.5, -1.0, 1.0)
     k, x = draw(-1.9, 0.25, batch, d_vocab), draw(-0.95, 0.95, batch, d_vocab)
     d = (k + c**2 / 4 - c / 2) / b
     a = [(x * (1 + (1 - 4 * k).sqrt()) / 2 - c / 2) / b]
@@ -198,7 +198,7 @@ def ratio(step: Tensor, next_step: Tensor) -> Tensor:
 
 
 def two_step_rule(x: Tensor) -> Tensor:
-    """What the model computes, as a formula: a_{n+1} = c^2 a_{n-1} + (1 - c^2) a*, from three known vectors, x
+    """What the model computes, as a formula: a_{n+1} = c^2 a_{n-1} + (1 - c^2) a*, from known vectors x
     [batch, pos, d_vocab] -> the vector after x_2, x_3, .., [batch, pos - 2, d_vocab].
 
     c^2 is the ratio of two squared steps, which does not know the sign of c, and (1 - c^2) a* = a_{s+2} - c^2
@@ -213,8 +213,8 @@ def two_step_rule(x: Tensor) -> Tensor:
 
 
 def solve_scalars(x: Tensor, features: Callable) -> Tensor:
-    """The exact answer where a_{n+1} = sum_i c_i f_i(a_n, a_{n-1}, ..) + d with unknown scalars c_i and vector
-    d: x [batch, pos, d_vocab] -> the vector after the last ones of x, [batch, .., d_vocab].
+    """The exact answer where a_{n+1} = sum_i c_i f_i(a_n, a_{n-1}, ..) + d with unknown scalars c_i and a
+    vector d: x [batch, pos, d_vocab] -> the vector after the last ones of x, [batch, .., d_vocab].
 
     features: x -> f [batch, .., i, d_vocab]. In the difference of two equations there is no d: its d_vocab
     rows give the c_i by least squares, the shortest ones if they leave a choice; the next difference then
@@ -229,7 +229,7 @@ def solve_scalars(x: Tensor, features: Callable) -> Tensor:
 
 
 def solve_linear(x: Tensor, order: int) -> Tensor:
-    """`solve_scalars` of draw_linear: the vector after x_{K+1}, x_{K+2}, .., [batch, pos - K - 1, d_vocab]."""
+    """`solve_scalars` of draw_linear: the vector after x_{K+1}, .., [batch, pos - K - 1, d_vocab]."""
     lags = lambda x: [x[:, order - 1 - i : x.shape[1] - i] for i in range(order)]
     return solve_scalars(x, lambda x: torch.stack(lags(x), 2))
 
