@@ -120,9 +120,9 @@ class Run:
         self.options, config = from_settings(settings)
         self.settings = {k: v for k, v in (asdict(config) | asdict(self.options)).items()
                          if k not in Options.SITTING}
+        self.task = data.find_task(self.options.task)
         # Drawn on the CPU, so that they are the same on every device; the lengths too, so that the host knows
         # them.
-        self.task = data.find_task(self.options.task)
         self.lengths = torch.Generator().manual_seed(self.options.seed)
         self.model = Transformer(config, self.lengths).to(self.options.device)
         data_seed = torch.randint(2**62, (), generator=self.lengths).item()
