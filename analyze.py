@@ -50,10 +50,10 @@ POPULATION = 1000  # sequences of 14 inputs, as in the paper (section 4.5)
 SMALL = 100  # sequences for an untrained model and for the steps of a run
 HELD_OUT_PER_LENGTH = 840  # 10,080 sequences over the 12 lengths
 EXAMPLES = 200  # alternating and other sequences for the attention of layer 2
-HEAD_ABLATION = 250  # test sequences for the ablations of single heads
+FEW = 250  # test sequences for ablations of single heads and for those that are only controls
 QK_DRAWS = 5  # random matrices for each arm of the pseudoinverse test
 RESAMPLES = 1000  # of each bootstrap
-SAMPLES = "POPULATION SMALL HELD_OUT_PER_LENGTH EXAMPLES HEAD_ABLATION QK_DRAWS RESAMPLES PER_C".split()
+SAMPLES = "POPULATION SMALL HELD_OUT_PER_LENGTH EXAMPLES FEW QK_DRAWS RESAMPLES PER_C WHOLE".split()
 
 # ------------------------------------------------------------------------------------------------------------
 # Helpers
@@ -216,6 +216,7 @@ class Study:
         self.kinds = {"any", *(["rotating"] if self.task.rotates else [])}
         self.kinds |= {"affine"} if self.task is data.TASKS["affine"] else set()
         self.layers, self.heads = range(self.model.config.n_layers), range(self.model.config.n_heads)
+        self.longest = min(self.model.config.n_ctx, data.N_CTX)  # sequence
         self.kept: dict[tuple, object] = {}  # what functions under @once found
 
     def generator(self, purpose: str) -> torch.Generator:
@@ -515,7 +516,7 @@ def figure_out_of_distribution(study: Study):
     a = study.sample(EXAMPLES, MAX_LENGTH, g).a
     noise = torch.randn(a.shape, generator=g)
     noise[:, -1] = 0  # the last vector is the target
-    lows, lengths = np.arange(-3, 3, C_BIN).tolist(), range(MIN_LENGTH, study.model.config.n_ctx + 1)
+    lows, lengths = np.arange(-3, 3, C_BIN).tolist(), range(MIN_LENGTH, study.longest + 1)
     deviations, factors = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
     wild = {low + C_BIN / 2: study.sample(50, MAX_LENGTH, g, (low, low + C_BIN)).a for low in lows}
     shown = {  # {xlabel: (where training went, {x: sequences})}
@@ -965,7 +966,7 @@ def figure_ov_layer_0_resid(study: Study):
     canvas, panels = grid(2, 2, 9, 6.6, "OV of layer 0 on residual stream vectors, heads summed")
     title, names = "one vector, between data vectors", ("$a_d$", "$(\\ln_1(x)\\;OV\\;W_U)_d$")
     scatter_fit(panels[0, 0], a, copied(study, resid)[1], title, *names)
-    title = "the same in the 128 coordinates that the paper names"
+    title = "without $\\ln_1$, in the 128 coordinates that the paper names"
     scatter_fit(panels[0, 1], resid, resid @ ov_circuit(study.model, 0).sum(0), title, "$x_d$",
                 "$(OV\\,x)_d$")
     slope, _, r2 = ov_fits(study)["data vectors"]
@@ -1027,8 +1028,8 @@ def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
     [size]}}.
 
     "mean" is at each position, "mean over positions" one vector for all, "zero" leaves b_O (with the folded
-    value biases). "mean, clean scale" gives ln_final the scale it has without the ablation; "scale alone" is
-    the unchanged model with only the scale of the mean-ablated one.
+    value biases); these two on FEW sequences. "mean, clean scale" gives ln_final the scale it has without the
+    ablation; "scale alone" is the unchanged model with only the scale of the mean-ablated one.
     """
     scale, found = "ln_final.hook_scale", {}
     values = {"mean": interventions.mean_outputs(study.activations),
@@ -1039,8 +1040,8 @@ def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
             hooks = {kind: interventions.replace_outputs(value, heads, mlps)
                      for kind, value in values.items()}
             kept: dict[str, list[Tensor]] = {scale: []}
-            arms = {kind: study.errors(l, hook, kept=kept if kind == "mean" else None)
-                    for kind, hook in hooks.items()}
+            arms = {kind: study.errors(l, hook, count=FEW) for kind, hook in hooks.items() if kind != "mean"}
+            arms["mean"] = study.errors(l, hooks["mean"], kept=kept)
             clean, ablated = study.test_activations[scale], torch.cat(kept[scale])
             arms["mean, clean scale"] = study.errors(l, hooks["mean"], held={scale: clean})
             arms["scale alone"] = study.errors(len(study.layers), held={scale: ablated})
@@ -1051,8 +1052,8 @@ def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
 def head_ablations(study: Study, values: dict[str, Tensor]) -> Tensor:
     """MSE with each head's output replaced by `values`, over the unchanged one, [n_layers, n_heads]."""
     hooks = [[interventions.replace_outputs(values, [(l, h)]) for h in study.heads] for l in study.layers]
-    means = [[study.errors(l, hook, count=HEAD_ABLATION).mean() for hook in hooks[l]] for l in study.layers]
-    return torch.tensor(means) / study.baseline[:HEAD_ABLATION].mean()
+    means = [[study.errors(l, hook, count=FEW).mean() for hook in hooks[l]] for l in study.layers]
+    return torch.tensor(means) / study.baseline[:FEW].mean()
 
 
 @claim("MSE with all layer 1 heads mean-ablated, from 1e-4", 2e-4, 4, "MSE / unchanged", 2, tasks="any")
@@ -1060,13 +1061,14 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
     """Means at each position over the population, MSE on other sequences. All heads of layer 1 at once
     multiply it by at most 4 (the paper's factor is 2); partly if only in one of the two other readings, every
     head by itself, or all at once with ln_final's scale held at its clean value."""
-    arms, before = ablations(study), study.baseline.mean()
-    factors = {name: {kind: e.mean() / before for kind, e in kinds.items()} for name, kinds in arms.items()}
+    arms, before = ablations(study), study.baseline
+    factors = {name: {kind: e.mean() / before[: len(e)].mean() for kind, e in kinds.items()}
+               for name, kinds in arms.items()}
     together, held = (factors["layer 1 heads"][kind] for kind in ("mean", "mean, clean scale"))
     heads = head_ablations(study, interventions.mean_outputs(study.activations))
     values = {"all heads": together, "clean scale": held, "worst single head": heads[1].max()}
     values |= {f"layer {l}": factors[f"layer {l} heads"]["mean"] for l in study.layers if l != 1}
-    control = {"unchanged": before, "all heads": study.compare(arms["layer 1 heads"]["mean"])}
+    control = {"unchanged": before.mean(), "all heads": study.compare(arms["layer 1 heads"]["mean"])}
     control |= {f"factors, {name}": kinds for name, kinds in factors.items()}
     control["factors, each head, mean"] = heads
     control["factors, each head, zero"] = head_ablations(study, interventions.zero_outputs(study.model))
@@ -1399,7 +1401,8 @@ def figure_estimate(study: Study):
 # moves by w_s v.
 
 SIZES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2, 1.35, 1.5, 1.65, 1.8, 2.0)  # |c| at which weights are read
-PER_C = 3  # sequences for each c
+PER_C = 5  # sequences for each c
+WHOLE = 40  # and where none is chosen
 KINDS = ("recurrence", "interleaved", "two fixed points", "two growths")  # of `data.interleaved`
 
 
@@ -1431,8 +1434,8 @@ class Weights:
 
     sample: data.Sample  # in float64
     w: Tensor  # [batch, dest, src], mean over two directions
-    spread: float  # root mean square deviation of each from w, relative to w: 0 if the model is equivariant
-    explained: float  # share of the squared output that sum_s w_s a_s explains, positions 2..
+    spread: float  # standard deviation over directions, relative to w: 0 if the model is equivariant
+    explained: float  # share of the squared output that sum_s w_s a_s explains, from the first position on
 
 
 @once
@@ -1560,7 +1563,7 @@ def component_weights(study: Study, c: float) -> tuple[list[str], Tensor, Tensor
     Returns the components' names, their weights [2 sequences, dest, src, component] and those of the output,
     [2, dest, src], to which they add up as far as the weights do not depend on the scale.
     """
-    model, whole = study.exact, study.weights.get(c) or read_weights(study, c)
+    model, whole = study.exact, read_weights(study, c)
     x, kept = whole.sample.a[:2, :-1], {}
     model(x, hooks=interventions.record(["ln_final.hook_scale"], kept))
     hooks, names = ["hook_embed"], ["embedding"]
@@ -1659,9 +1662,8 @@ def claim_gain_control(study: Study) -> Finding:
     means, single = interventions.mean_outputs(study.activations), []
     for head in interventions.layer_heads(study.model, 1):
         hooks = interventions.replace_outputs(means, [head])
-        arm, held = (study.errors(1, hooks, held=h, count=HEAD_ABLATION).mean()
-                     for h in (None, {scale: clean}))
-        usual = study.baseline[:HEAD_ABLATION].mean()
+        arm, held = (study.errors(1, hooks, held=h, count=FEW).mean() for h in (None, {scale: clean}))
+        usual = study.baseline[:FEW].mean()
         single.append(1 - (held - usual) / (arm - usual))
     control["each head of layer 1: goes"] = single
     how = verdict(gain and max(others) < 0.5, gain)
@@ -1747,7 +1749,7 @@ def interleaved_errors(study: Study, low: float, high: float) -> dict[str, dict[
         (factor,), _ = regress(target, before)
         predictions = {"zero": torch.zeros_like(target), "model": study.model(x)[:, 4:],
                        "affine solver": data.solve_recurrence(x)[:, 2:],
-                       "two-step rule": data.solve_two_steps(x), "fixed multiple": factor * before}
+                       "two-step solver": data.solve_two_steps(x), "fixed multiple": factor * before}
         found[kind] = {name: (p - target).pow(2).sum((1, 2)) for name, p in predictions.items()}
     return found
 
@@ -1781,11 +1783,11 @@ def claim_interleaved(study: Study) -> Finding:
 @claim("where the two-step rule errs the model errs alike", None, 21, "share of the model's squared error")
 def claim_rule_errors(study: Study) -> Finding:
     """1 - |model - rule|^2 / |model - truth|^2, the share of the model's error that `data.two_step_rule`
-    makes too, positions 4 to 13. On recurrences the rule is exact, also on longer, larger and smaller ones, and
-    foretells no error. It errs with noise on the inputs (standard deviation 0.01, the last prediction only),
+    makes too, positions 4 to 13. On recurrences, longer, larger and smaller ones too, the rule is exact and
+    predicts no error. It errs with noise on the inputs (standard deviation 0.01, the last prediction only),
     on two fixed points and on two growths, |c| from 1.2 to 2. At least half on all three; partly on two."""
     g, count = study.generator("rule"), min(EXAMPLES, study.size)
-    a, longest = study.sample(count, MAX_LENGTH, g).a, min(2 * MAX_LENGTH, study.model.config.n_ctx)
+    a, longest = study.sample(count, MAX_LENGTH, g).a, min(2 * MAX_LENGTH, study.longest)
     c = data.uniform(g, 1.2, 2, count) * (1 - 2 * (torch.arange(count) % 2))
     noise = 0.01 * torch.randn(a.shape, generator=g)
     noise[:, -1] = 0  # the last vector is the target
@@ -1823,7 +1825,7 @@ def figure_interleaved(study: Study):
     panels[0].set(title=title, xlabel="position n", ylabel="component")
     panels[0].legend()
     found, bottom = unexplained(interleaved_errors(study, 1.2, 2.0)), 1e-5
-    predictors = {"model": MODEL, "affine solver": "0.6", "two-step rule": OTHER}
+    predictors = {"model": MODEL, "affine solver": "0.6", "two-step solver": OTHER}
     for i, (name, color) in enumerate(predictors.items()):
         heights = [max(found[kind][name], bottom) for kind in KINDS]
         panels[1].bar(np.arange(4) + 0.27 * (i - 1), heights, 0.25, color=color, label=name)
@@ -1886,8 +1888,7 @@ def claim_knob(study: Study) -> Finding:
     key and value of source position 1 alone, and more than those of any other position; and at least half
     follows the size of the first two vectors, seen through position 1 alone. Partly if only the first."""
     shares = knob_shares(study)
-    others = [share for name, share in shares.items() if name.startswith("position")
-              and "position 1" not in name]
+    others = [shares[name] for name in (*(f"position {s}" for s in (0, 2, 3, 4)), "positions 5 to 13")]
     second = all(shares["position 1"][i] >= max(0.5, *(other[i] for other in others)) for i in (0, 1))
     values = {f"{name}, to {kind}": shares[name][i] for name in ("position 1", "size")
               for i, kind in ((0, "growing"), (1, "decaying"))}
@@ -1920,10 +1921,9 @@ def figure_knob(study: Study):
 
 @figure(27, "how large the weight of each source is (ours)", tasks="rotating")
 def figure_weight_sizes(study: Study):
-    weights = read_weights(study, None, MAX_LENGTH, WHOLE)
-    title = (
-        f"Source weights of {study.task_name} sequences, which explain {weights.explained:.1%} of the output"
-    )
+    weights = read_weights(study, None, MAX_LENGTH, WHOLE // 3)
+    explain = f"which explain {weights.explained:.1%} of the output"
+    title = f"Source weights of {study.task_name} sequences, {explain}"
     canvas, panels = grid(1, 2, 10, 4.2, title)
     size, mean = weights.w.pow(2).mean(0).sqrt(), weights.w.mean(0)
     limit = size[study.task.first :].max().item()  # the rows above it are of vectors that cannot be known yet
@@ -1935,8 +1935,6 @@ def figure_weight_sizes(study: Study):
 
 # ------------------------------------------------------------------------------------------------------------
 # Tasks and depths: runs that differ in what they learn, or in how much transformer they have
-
-WHOLE = 40  # sequences for source weights where there is no c to choose
 
 
 def root_strides(weights: Weights) -> dict[str, float]:
@@ -1975,7 +1973,7 @@ def task_results(study: Study) -> dict:
         weights = read_weights(study, None, MAX_LENGTH, WHOLE)
         found["explained by source weights"] = weights.explained
         found["how far they differ between directions, relative"] = weights.spread
-        found |= root_strides(weights)
+        found |= root_strides(weights) if study.task.linear else {}
     return found | {"by position": {name: e.mean(0) for name, e in errors.items()}}
 
 
@@ -2009,6 +2007,8 @@ def draw_legend(panels) -> tuple[list, list]:
 def depth_results(study: Study) -> dict:
     """Which parts a model of any depth has: copy (A and B), gain (what a clean final scale mends of an
     ablation), subtraction (factors on a*); and its error."""
+    if "affine" not in study.kinds:
+        raise ValueError(f"depths are compared on affine recurrences, not on {study.task_name}")
     errors, (_, A, B) = predictor_errors(study, study.test.a), strong_strides(study)
     bins = (study.test.c.abs() / C_BIN).long()
     found = {"layers": len(study.layers), "MSE, all lengths": claim_mse(study).measured}
@@ -2093,10 +2093,11 @@ def course(study: Study) -> dict[str, dict]:
     return plain(found)
 
 
-def measure_run(run: str, seed: int, progress: "Progress") -> dict:
-    """Claims and course of a run: its results.json if of these weights, this code and seed, else anew."""
+def measure_run(run: str, seed: int, progress: "Progress", steps: dict[int, str]) -> dict:
+    """Claims and course, at `steps`, of a run: its results.json if it is of these weights, this code and
+    seed, else anew."""
     path, name = os.path.join(run, "results.json"), os.path.basename(run)
-    study, steps = open_study(run, seed), kept_steps(run)
+    study = open_study(run, seed)
     described = meta(study, run) | {"steps": len(steps)}
     try:
         found = load_file(path, "results")
@@ -2141,11 +2142,10 @@ def count_verdicts(verdicts: Iterable[str]) -> dict[str, int]:
     return {verdict: verdicts.count(verdict) for verdict in MARKS}
 
 
-def holding(courses: dict[str, dict], ours: bool) -> dict[str, list[int]]:
-    """How many of the paper's claims, or of ours, are reproduced at each step, {seed: [steps]}."""
-    names = [name for name, claim in CLAIMS.items() if (claim.paper is None) == ours]
-    holds = lambda claims: sum(claims.get(name, {}).get("verdict") == "reproduced" for name in names)
-    return {seed: [holds(claims) for claims in steps.values()] for seed, steps in courses.items()}
+def holding(found: dict[str, dict], ours: bool) -> int:
+    """How many of the paper's claims, or of ours, are reproduced in a `course`."""
+    names = [name for name, claim in CLAIMS.items() if (claim.paper is None) == ours and name in found]
+    return count_verdicts(found[name]["verdict"] for name in names)["reproduced"]
 
 
 def claim_panels(names: Iterable[str], title: str):
@@ -2210,7 +2210,7 @@ def figure_course(courses: dict[str, dict]):
                 y = [found[name]["values"][label] for found in steps.values()]
                 axes.plot(x, y, color=f"C{j}", lw=0.8, label=None if i else label)
         for ours, color in ((False, TRUTH), (True, LENS)):
-            y = list(holding({0: steps}, ours).values())[0]
+            y = [holding(found, ours) for found in steps.values()]
             last.plot(x, y, color=color, lw=0.8, label=None if i else ("ours" if ours else "the paper's"))
     last.axis("on")
     last.set(title="claims that hold", ylabel="number of claims")
@@ -2253,9 +2253,9 @@ def seeds_markdown(settings: dict[str, dict]) -> str:
                 rows[-1].append(f"**{verdict}**<br>{'<br>'.join(values)}")
         lines += ["", f"## {setting}: each seed", "", *table(["claim", *found["runs"]], rows)]
     if courses := first["course"]:
-        paper, ours = (holding(courses, which) for which in (False, True))
-        steps = enumerate(next(iter(courses.values())))
-        rows = ([f"{int(step):,}", *(f"{paper[s][i]} + {ours[s][i]}" for s in courses)] for i, step in steps)
+        count = lambda found: f"{holding(found, False)} + {holding(found, True)}" if found else "-"
+        rows = ([f"{int(step):,}", *(count(steps.get(step)) for steps in courses.values())]
+                for step in next(iter(courses.values())))
         lines += ["", "## How many claims hold at each step", "", "Of the paper's + of ours, measured on"]
         lines += ["fewer sequences than above.", "", *table(["step", *courses], rows)]
     return "\n".join(lines) + "\n"
@@ -2305,18 +2305,17 @@ def compare_runs(folders: list[str], seed: int, out: str):
             )
         groups[setting] = runs
     os.makedirs(out, exist_ok=True)
-    every = [path for runs in groups.values() for path in runs.values()]
-    progress = Progress(sum(len(CLAIMS) + len(kept_steps(path)) for path in every))
-    settings: dict[str, dict] = {}
+    main, settings = next(iter(groups)), {}  # only runs of the first setting are followed through training
+    steps = {path: kept_steps(path) if setting == main else {} for setting, runs in groups.items()
+             for path in runs.values()}
+    progress = Progress(sum(len(CLAIMS) + len(kept) for kept in steps.values()))
     for setting, runs in groups.items():
-        found = {name: measure_run(path, seed, progress) for name, path in runs.items()}
-        kept = {part: {name: each[part] for name, each in found.items()} for part in ("meta", "course")}
-        courses = {name: each for name, each in kept["course"].items() if each}
-        settings[setting] = {"runs": kept["meta"], "claims": over_seeds(found), "course": courses}
+        found = {name: measure_run(path, seed, progress, steps[path]) for name, path in runs.items()}
+        metas = {name: each["meta"] for name, each in found.items()}
+        courses = {name: each["course"] for name, each in found.items() if each["course"]}
+        settings[setting] = {"runs": metas, "claims": over_seeds(found), "course": courses}
     progress.finish()
-    first, *others = settings.values()
-    for other in others:
-        other["course"] = {}  # of the other settings nobody asks
+    first = settings[main]
     draw(figure_seeds, first["claims"], os.path.join(out, "seeds.png"))
     if first["course"]:
         draw(figure_course, first["course"], os.path.join(out, "steps.png"))
@@ -2489,14 +2488,13 @@ def analyse(run: str, seed: int, out: str, wanted: list[int] | None):
     entries = {number: FIGURES[number] for number in sorted(wanted or FIGURES)}
     entries |= {} if wanted else CLAIMS
     chosen = applicable(entries, study)
-    for reason, deep in (
-        ("for want of layers", True),
-        (f"for {study.task_name} sequences, which are not affine (figure 27: may not be rotated)", False),
-    ):
-        which = (name for name in entries if name not in chosen)
-        names = [name for name in which if deep == (entries[name].layers > len(study.layers))]
-        if names:
-            print(f"left out {reason}: {', '.join(f'figure {n}' if n in FIGURES else n for n in names)}")
+    named = lambda names: ", ".join(f"figure {name}" if name in FIGURES else name for name in names)
+    shallow = [name for name, entry in entries.items() if entry.layers > len(study.layers)]
+    if shallow:
+        print(f"left out for want of layers: {named(shallow)}")
+    if others := [name for name in entries if name not in chosen + shallow]:
+        why = "which are not affine" if study.task.rotates else "which are not affine and may not be rotated"
+        print(f"left out for {study.task_name} sequences, {why}: {named(others)}")
     os.makedirs(out, exist_ok=True)
     progress, figures = Progress(len(chosen)), [name for name in chosen if name in FIGURES]
     for number in figures:
@@ -2523,7 +2521,7 @@ def main():
     for kind in SURVEYS:
         option(f"--{kind}", metavar="DIR", help=f"compare the {kind} of the runs in DIR/*/")
     option("--run", metavar="DIR", help="run folder with weights.pt and log.csv (default: weights)")
-    option("--out", metavar="DIR", help="folder for the figures and results (default: figures)")
+    option("--out", metavar="DIR", help="folder of what is written (default: figures, or figures in --run)")
     option("--seed", type=whole_number, help="of the sequences and random matrices (default: 0)")
     given = vars(parser.parse_args())
     for number in given.get("fig", []):
@@ -2535,7 +2533,8 @@ def main():
     if comparisons and given.keys() & {"all", "fig", "run"}:
         which = f"--{comparisons[0]} DIR"
         parser.error(f"{which} is about other runs than --all, --fig and --run: give it by itself")
-    out, seed = given.get("out", "figures"), given.get("seed", 0)
+    run, seed = given.get("run", "weights"), given.get("seed", 0)
+    out = given.get("out", os.path.join(run, "figures") if "run" in given else "figures")
 
     try:
         if "list" in given:
@@ -2545,13 +2544,14 @@ def main():
                 where = f"paper: {paper_text(claim.paper)}; figure {claim.figure}"
                 print(f"claim  {name}: {claim.text} ({where})")
         if "all" in given or "fig" in given:
-            analyse(given.get("run", "weights"), seed, out, None if "all" in given else given["fig"])
+            analyse(run, seed, out, None if "all" in given else given["fig"])
         for kind in comparisons:
             if kind == "seeds":
                 compare_runs(given["seeds"], seed, out)
             else:
                 survey(kind, given[kind], seed, out)
     except (OSError, ValueError) as error:
+        Line(sys.stderr).clear()  # of progress
         sys.exit(f"{parser.prog}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -33,8 +33,8 @@ class Sample(NamedTuple):
     """A batch of sequences, scaled so that the largest input norm lies in [1, 2]."""
 
     a: Tensor  # [batch, length + 1, d_vocab]; inputs are a[:, :-1], targets a[:, 1:]
-    c: Tensor  # [batch] in the affine task, [batch, number of scalars] in the others
-    d: Tensor  # [batch, d_vocab], scaled like a, so that a[:, k] = c a[:, k - 1] + d still holds
+    c: Tensor  # [batch] in the affine task, in which a[:, k] = c a[:, k - 1] + d; else [batch, scalars]
+    d: Tensor  # [batch, d_vocab], scaled like a
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -71,8 +71,8 @@ def draw_affine(draw: Callable, batch: int, length: int, d_vocab: int, c_range: 
 def draw_linear(draw: Callable, batch: int, length: int, d_vocab: int, c_range: tuple, order: int) -> Sample:
     """a_n = c_1 a_{n-1} + ... + c_K a_{n-K} + d, with a_0 .. a_{K-1} and d ~ U[-2, 2]^d_vocab; c [batch, K].
 
-    The roots of z^K - c_1 z^{K-1} - ... - c_K are real ones from U[c_range], so that K = 1 is the paper's
-    task. Two at a time are, in half of the cases, a complex pair with that modulus and any angle instead.
+    The roots of z^K - c_1 z^{K-1} - ... - c_K are real, from U[c_range], so that K = 1 is the paper's task;
+    but each two of them are, in half of the cases, a pair x e^{+-i angle} with x from the same range.
     """
     d, a = draw(-2, 2, batch, d_vocab), list(draw(-2, 2, order, batch, d_vocab))
     polynomial = torch.ones_like(d[:, :1])  # its coefficients, the highest power first
@@ -95,8 +95,8 @@ def draw_linear(draw: Callable, batch: int, length: int, d_vocab: int, c_range: 
 
 def draw_polynomial(draw: Callable, batch: int, length: int, d_vocab: int, c_range: tuple,
                     order: int) -> Sample:
-    """a_n = v_0 + v_1 n + ... + v_K n^K, v_i ~ U[-2, 2]^d_vocab. That is draw_linear's recurrence with all
-    roots 1 and d = K! v_K, and so its c is; c_range has no part in it."""
+    """a_n = v_0 + v_1 n + ... + v_K n^K, v_i ~ U[-2, 2]^d_vocab; c_range has no part in it. It is a
+    recurrence of draw_linear, with d = K! v_K and the c, [batch, K], that make every root 1."""
     v = draw(-2, 2, order + 1, batch, 1, d_vocab)
     n = torch.arange(length + 1, device=v.device, dtype=v.dtype)[:, None]
     a, scale = normalise(sum(v[i] * n**i for i in range(order + 1)), draw(1, 2, batch))
@@ -108,8 +108,8 @@ def draw_quadratic(draw: Callable, batch: int, length: int, d_vocab: int, c_rang
     """a_n = b a_{n-1}^2 + c a_{n-1} + d in each dimension, bounded; c ~ U[c_range]. Sample.c has b and c.
 
     With x = b a + c / 2 it reads x_n = x_{n-1}^2 + k, which stays within [-x*, x*], x* = (1 + sqrt(1 - 4 k))
-    / 2, for k from -2 to 1/4: fixed points, cycles and chaos. So k and x_0 are drawn, a little inside of that
-    for the rounding, and d follows. b is 1 or -1 at first: how large it is only sets the unit of a.
+    / 2, for k from -2 to 1/4: fixed points, cycles and chaos. So k and x_0 are drawn, from a little less than
+    that because of rounding, and d follows. b is 1 or -1 at first: how large it is only sets the unit of a.
     """
     c, b = draw(*c_range, batch, 1), torch.where(draw(0, 1, batch, 1) < 0.5, -1.0, 1.0)
     k, x = draw(-1.9, 0.25, batch, d_vocab), draw(-0.95, 0.95, batch, d_vocab)
@@ -147,10 +147,10 @@ def interleaved(length: int, c: Tensor, generator: torch.Generator,
     """Sequences that tell a rule of two steps from a rule of one, {kind: [batch, length + 1, d_vocab]}, c
     [batch].
 
-    "recurrence" is affine: a_n = a* + c^n u, with a* and u ~ U[-2, 2]^40. "interleaved" has another u in its
-    odd vectors: no affine recurrence, but a_{n+1} = a* + c^2 (a_{n-1} - a*) still holds. "two fixed points"
-    has another a* in its odd vectors instead, and "two growths" another c, that of another sequence: this
-    holds for no single a* or c^2 then. Normalised as in section 3.1.
+    "recurrence" is affine: a_n = a* + c^n u, with a* and u ~ U[-2, 2]^d_vocab. "interleaved" has another u in
+    its odd vectors: no affine recurrence, but a_{n+1} = a* + c^2 (a_{n-1} - a*) still holds. "two fixed
+    points" has another a* in its odd vectors, "two growths" another c, that of another sequence: no single a*
+    and c^2 fit these two. Normalised as in section 3.1.
     """
     u, other_u, fixed, other_fixed = (uniform(generator, -2, 2, len(c), 1, d_vocab) for _ in range(4))
     n = torch.arange(length + 1, device=c.device)
@@ -198,7 +198,7 @@ def ratio(step: Tensor, next_step: Tensor) -> Tensor:
 
 
 def two_step_rule(x: Tensor) -> Tensor:
-    """What the model computes, as a formula: a_{n+1} = c^2 a_{n-1} + (1 - c^2) a*, from known vectors x
+    """What the model approximates where |c| >= 0.9: a_{n+1} = c^2 a_{n-1} + (1 - c^2) a*, from vectors x
     [batch, pos, d_vocab] -> the vector after x_2, x_3, .., [batch, pos - 2, d_vocab].
 
     c^2 is the ratio of two squared steps, which does not know the sign of c, and (1 - c^2) a* = a_{s+2} - c^2
@@ -214,7 +214,7 @@ def two_step_rule(x: Tensor) -> Tensor:
 
 def solve_scalars(x: Tensor, features: Callable) -> Tensor:
     """The exact answer where a_{n+1} = sum_i c_i f_i(a_n, a_{n-1}, ..) + d with unknown scalars c_i and a
-    vector d: x [batch, pos, d_vocab] -> the vector after the last ones of x, [batch, .., d_vocab].
+    vector d: x [batch, pos, d_vocab] -> the next vector at each position at which it is determined.
 
     features: x -> f [batch, .., i, d_vocab]. In the difference of two equations there is no d: its d_vocab
     rows give the c_i by least squares, the shortest ones if they leave a choice; the next difference then
@@ -222,16 +222,17 @@ def solve_scalars(x: Tensor, features: Callable) -> Tensor:
     """
     changes = features(x).diff(dim=1)
     known, now = changes[:, :-1], changes[:, 1:]  # [batch, .., i, d_vocab]
-    steps = x.diff(dim=1)[:, -known.shape[1] :]
+    begin = x.shape[1] - known.shape[1]
+    steps = x.diff(dim=1)[:, begin - 1 :]
     rows = known.transpose(-1, -2).cpu()  # where least squares knows the driver for dependent columns
     c = torch.linalg.lstsq(rows, steps[..., None].cpu(), driver="gelsd").solution.to(x)  # [batch, .., i, 1]
-    return x[:, -known.shape[1] :] + (c * now).sum(-2)
+    return x[:, begin:] + (c * now).sum(-2)
 
 
 def solve_linear(x: Tensor, order: int) -> Tensor:
     """`solve_scalars` of draw_linear: the vector after x_{K+1}, .., [batch, pos - K - 1, d_vocab]."""
-    lags = lambda x: [x[:, order - 1 - i : x.shape[1] - i] for i in range(order)]
-    return solve_scalars(x, lambda x: torch.stack(lags(x), 2))
+    lags = lambda x: torch.stack([x[:, order - 1 - i : x.shape[1] - i] for i in range(order)], 2)
+    return solve_scalars(x, lags)
 
 
 def solve_quadratic(x: Tensor) -> Tensor:
@@ -252,13 +253,15 @@ def solve_polynomial(x: Tensor, order: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of sequence to learn. To add one, write how it is drawn and solved and enter it below."""
+    """A kind of sequence to learn. To add one, write functions like draw_quadratic, which may ignore c_range,
+    and solve_quadratic, and enter them below."""
 
     first: int  # output positions from here on predict a vector that the inputs determine
     draw: Callable  # (draw, batch, length, d_vocab, c_range) -> Sample; draw(low, high, *shape) is uniform
     solve: Callable  # x [batch, pos, d_vocab] -> the vector after x_first, .., [batch, pos - first, d_vocab]
-    rule: Callable | None = None  # what the model was found to compute, like `solve`
-    rotates: bool = True  # whether a Q is such a sequence if a is, for every orthogonal Q
+    rule: Callable | None = None  # what the model was found to approximate, like `solve`
+    rotates: bool = True  # whether a @ Q is such a sequence if a is one, for every orthogonal Q
+    linear: bool = False  # whether Sample.c holds c_1 .. c_K of a linear recurrence
 
     @property
     def lengths(self) -> range:
@@ -266,22 +269,30 @@ class Task:
         return range(max(MIN_LENGTH, self.first + 1), MAX_LENGTH + 1)
 
 
-TASKS = {  # by name, or for names such as linear-2 by order
-    "affine": Task(FIRST_POSITION, draw_affine, solve_recurrence, two_step_rule),
-    "quadratic": Task(2, draw_quadratic, solve_quadratic, rotates=False),
-    "linear-K": lambda K: Task(K + 1, partial(draw_linear, order=K), partial(solve_linear, order=K)),
-    "polynomial-K": lambda K: Task(K, partial(draw_polynomial, order=K), partial(solve_polynomial, order=K)),
-}
+def linear(K: int) -> Task:
+    """linear-K: K unknown scalars take one equation in R^d_vocab between differences, of K + 2 vectors."""
+    return Task(K + 1, partial(draw_linear, order=K), partial(solve_linear, order=K), linear=True)
+
+
+def polynomial(K: int) -> Task:
+    """polynomial-K: K + 1 vectors determine it."""
+    return Task(K, partial(draw_polynomial, order=K), partial(solve_polynomial, order=K), linear=True)
+
+
+TASKS = {"affine": Task(FIRST_POSITION, draw_affine, solve_recurrence, two_step_rule, linear=True),
+         "quadratic": Task(2, draw_quadratic, solve_quadratic, rotates=False),
+         "linear-K": linear, "polynomial-K": polynomial}  # a function of K for names such as linear-2
 
 
 def find_task(name: str) -> Task:
     """The task of a name such as affine or linear-2. ValueError if there is none, or if its sequences would
     have to be longer than those of training to determine a vector."""
-    family, dash, order = str(name).partition("-")
-    entry = TASKS.get(f"{family}-K" if dash else family)
-    if entry is None or (dash and not (order.isdecimal() and int(order))):
+    family, _, order = str(name).rpartition("-")
+    kind = TASKS.get(name)
+    if order.isdecimal() and order == str(int(order)) != "0" and f"{family}-K" in TASKS:
+        kind = TASKS[f"{family}-K"](int(order))
+    if not isinstance(kind, Task):
         raise ValueError(f"task must be one of {', '.join(TASKS)}, with K of at least 1, not {name!r}")
-    kind = entry(int(order)) if dash else entry
     if not kind.lengths:
         why = f"the next vector takes {kind.first + 1} inputs to determine, and sequences have {MAX_LENGTH}"
         raise ValueError(f"task {name} is too long: {why}")
@@ -290,10 +301,10 @@ def find_task(name: str) -> Task:
 
 def held_out(per_length: int, seed: int = 20_241_024, device: torch.device | str = "cpu",
              d_vocab: int = D_VOCAB, task: str = "affine") -> list[Sample]:
-    """A fixed evaluation set from the training distribution: `per_length` sequences of each length 3 .. 14.
+    """A fixed evaluation set from the training distribution: `per_length` sequences of each length, 3 .. 14
+    in the affine task.
 
-    It is drawn on the CPU whatever the device, so that every machine measures on the same sequences, and its
-    seed lies outside those that training uses.
+    It is drawn on the CPU whatever the device, so that every machine measures on the same sequences.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths = find_task(task).lengths

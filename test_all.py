@@ -1352,7 +1352,7 @@ class Measures(TestCase):
 class Analysis(TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.counts = {"POPULATION": 40, "SMALL": 20, "HELD_OUT_PER_LENGTH": 10, "HEAD_ABLATION": 10,
+        cls.counts = {"POPULATION": 40, "SMALL": 20, "HELD_OUT_PER_LENGTH": 10, "FEW": 10,
                       "EXAMPLES": 20}
         cls.counts |= {"QK_DRAWS": 2, "RESAMPLES": 50, "PER_C": 1}
 
@@ -1528,7 +1528,7 @@ class Analysis(TestCase):
             status, said, err = command(analyze.main, "--all", "--run", run, "--out", out)
             self.assertEqual(status, 0, err)
             (line,) = (line for line in said.splitlines() if line.startswith("left out"))
-            self.assertIn(f"left out for {task} sequences", line)
+            self.assertIn(f"left out for {task} sequences, which are not affine", line)
             for name in ("figure 20", "figure 22", "alpha", "l2_checkerboard", "two_steps"):
                 self.assertIn(name, line)
             claims = json.loads(read(os.path.join(out, "results.json")))["claims"]
