@@ -352,6 +352,8 @@ def read_log(path: str) -> dict[str, np.ndarray]:
 
 TRUTH, MODEL, LENS, OTHER = "tab:blue", "tab:orange", "tab:red", "tab:green"  # for one thing everywhere
 LAYER_COLORS = (TRUTH, OTHER, LENS)
+C_BIN = 0.25  # width of the ranges of c in which errors are averaged
+SIZE_RANGES = np.arange(0, 2, C_BIN) + C_BIN / 2  # the middles of those of |c|
 STYLE = {"figure.dpi": 130, "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 11,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
          "image.interpolation": "nearest", "image.aspect": "auto"}
@@ -379,6 +381,12 @@ def heat(axes, matrix: Tensor, limit: float | None = None):
     return image
 
 
+def by_size(c: Tensor, values: Tensor) -> Tensor:
+    """Means of values [batch, ...] over the sequences in each range of |c|, [8, ...]; see SIZE_RANGES."""
+    bins = (c.abs() / C_BIN).long()
+    return torch.stack([values[bins == b].mean(0) for b in range(len(SIZE_RANGES))])
+
+
 def pick(sample: data.Sample, c: float) -> int:
     """Index of the sequence whose c is nearest to `c`."""
     return int((sample.c - c).abs().argmin())
@@ -403,7 +411,6 @@ def figure_sequences(study: Study):
 # ------------------------------------------------------------------------------------------------------------
 # 4.1 Model results, and the error against what is possible
 
-C_BIN = 0.25  # width of the ranges of c in which errors are averaged
 PREDICTORS = {  # label and line of each of `predictor_errors`
     "zero": ("predicting 0", {"color": "0.75"}),
     "last vector": ("repeating the last vector", {"color": "0.5"}),
@@ -1679,18 +1686,15 @@ def figure_gain(study: Study):
              "clean, ln_final with the ablated scale": (arms["scale alone"], {"color": MODEL, "ls": "--"})}
     title = "Layer 1 is a gain control: what it does goes through one number a position"
     canvas, panels = grid(1, 2, 10.5, 4.2, title)
-    bins, starts = (study.test.c.abs() / C_BIN).long(), np.arange(0, 2, C_BIN)
-    power = squared_errors(torch.zeros_like(target), target)
+    c, power = study.test.c, by_size(study.test.c, squared_errors(torch.zeros_like(target), target))
     for label, (errors, line) in shown.items():
-        share = [errors[bins == b].sum() / power[bins == b].sum() for b in range(len(starts))]
-        panels[0].semilogy(starts + C_BIN / 2, share, marker=".", label=label, **line)
+        panels[0].semilogy(SIZE_RANGES, by_size(c, errors) / power, marker=".", label=label, **line)
     panels[0].set(title="the damage, and what mends it", xlabel="|c|",
                   ylabel="unexplained share of the next vector")
     panels[0].legend(fontsize=7)
-    scale = study.test_activations["ln_final.hook_scale"][..., 0]
+    scale = by_size(c, study.test_activations["ln_final.hook_scale"][..., 0])  # [8, pos]
     for n, color in zip((3, 6, 9, 12), plt.get_cmap("viridis")(np.linspace(0, 0.85, 4))):
-        means = [scale[bins == b, n].mean() for b in range(len(starts))]
-        panels[1].plot(starts + C_BIN / 2, means, marker=".", color=color, label=f"position {n}")
+        panels[1].plot(SIZE_RANGES, scale[:, n], marker=".", color=color, label=f"position {n}")
     panels[1].set(title="what the residual stream is divided by", xlabel="|c|", ylabel="ln_final.hook_scale")
     panels[1].set_ylim(0, None)
     panels[1].legend()
@@ -1713,28 +1717,23 @@ def claim_one_knob(study: Study) -> Finding:
     direction, the first principal one, found on other sequences. The MSE grows by a factor of at most 2,
     without that number by at least 10, and with one number only for layers 0 and 2 it grows by more than 2;
     partly if it grows by at most 4 and is at least 5 times as large without that number."""
-    kept, removed, control = [], [], {}
-    span = torch.linalg.qr(study.model.unembed.W_U).Q
+    arms, control, span = {}, {}, torch.linalg.qr(study.model.unembed.W_U).Q
+    changes = {"kept": interventions.keep_directions, "removed": interventions.remove_directions}
     for l in study.layers:
-        name, counts = f"blocks.{l}.hook_attn_out", (1, 2, 3) if l == 1 else (1,)
-        mean, directions, shares = main_directions(study, l, 3)
-        for factors, change in ((kept, interventions.keep_directions),
-                                (removed, interventions.remove_directions)):
-            arms = [study.errors(l, change(name, mean, directions[:k])) for k in counts]
-            factors.append(torch.stack([arm.mean() for arm in arms]) / study.baseline.mean())
-            if l == 1 and factors is kept:
-                interval = ratio_interval(arms[0], study.baseline, study.generator("one knob"))
-        numbers = ", ".join(map(str, counts))
-        control |= {f"layer {l}: {numbers} kept": kept[l], f"layer {l}: {numbers} removed": removed[l]}
+        name, (mean, directions, shares) = f"blocks.{l}.hook_attn_out", main_directions(study, l, 3)
+        for k in (1, 2, 3) if l == 1 else (1,):
+            for what, change in changes.items():
+                arms[f"layer {l}: {k} {what}"] = study.errors(l, change(name, mean, directions[:k]))
         control[f"layer {l}: share of the variance along each"] = shares
         control[f"layer {l}: cosine of the first with what W_U reads"] = (directions[0] @ span).norm()
     control["that cosine by chance"] = (study.model.config.d_vocab / study.model.config.d_model) ** 0.5
-    one, without = kept[1][0], removed[1][0]
-    how = verdict(one <= 2 and without >= 10 and min(kept[0][0], kept[2][0]) > 2,
-                  one <= 4 and without >= 5 * one)
-    values = {"layer 1: 1 kept": one, "1 removed": without}
-    values |= {f"layer {l}: 1 kept": kept[l][0] for l in (0, 2)}
-    return Finding(one, how, values, control, interval)
+    factors = {name: errors.mean() / study.baseline.mean() for name, errors in arms.items()}
+    one, without = factors["layer 1: 1 kept"], factors["layer 1: 1 removed"]
+    others = {name: factors[name] for name in ("layer 0: 1 kept", "layer 2: 1 kept")}
+    how = verdict(one <= 2 and without >= 10 and min(others.values()) > 2, one <= 4 and without >= 5 * one)
+    interval = ratio_interval(arms["layer 1: 1 kept"], study.baseline, study.generator("one knob"))
+    values = {"layer 1: 1 kept": one, "1 removed": without, **others}
+    return Finding(one, how, values, factors | control, interval)
 
 
 @once
@@ -1853,27 +1852,23 @@ def knob_shares(study: Study) -> dict[str, list[float]]:
         generator = study.generator(f"knob {low}")
         ranges = ((low, high), (-high, -low))
         both.append(torch.cat([study.sample(count, MAX_LENGTH, generator, r).a[:, :-1] for r in ranges]))
+    norms = lambda x, positions: x[:, positions].norm(dim=-1, keepdim=True)
     shares: dict[str, list[float]] = {}
     for own, other in (both, both[::-1]):
         here, there = (study.record(x, k, v, pattern, z, resid, scale) for x in (own, other))
-        sizes = {"size": [0, 1], "size of a_0": [0], "size of a_1": [1]}
-        sized = {}
-        for name, positions in sizes.items():
-            x, lengths = own.clone(), (a[:, positions].norm(dim=-1, keepdim=True) for a in (other, own))
-            x[:, positions] *= next(lengths) / next(lengths)
-            sized[name] = study.record(x, k, v)
         goal = (there[scale] / here[scale]).log()[:, 4:]
+        patched = lambda positions, names=(k, v), source=there: interventions.patch_positions(
+            {name: source[name] for name in names}, positions)
         given = {"z": interventions.hold({z: there[z]}),
                  "pattern": interventions.hold({pattern: there[pattern]}),
                  "values": interventions.hold({v: there[v]}),
-                 **{f"position {s}": interventions.patch_positions({k: there[k], v: there[v]}, [s])
-                    for s in range(5)},
-                 "positions 5 to 13": interventions.patch_positions({k: there[k], v: there[v]},
-                                                                    range(5, MAX_LENGTH)),
-                 "position 1, key": interventions.patch_positions({k: there[k]}, [1]),
-                 "position 1, value": interventions.patch_positions({v: there[v]}, [1]),
-                 **{n: interventions.patch_positions({k: kept[k], v: kept[v]}, [1])
-                    for n, kept in sized.items()}}
+                 **{f"position {s}": patched([s]) for s in range(5)},
+                 "positions 5 to 13": patched(range(5, MAX_LENGTH)), "position 1, key": patched([1], [k]),
+                 "position 1, value": patched([1], [v])}
+        for name, positions in {"size": [0, 1], "size of a_0": [0], "size of a_1": [1]}.items():
+            x = own.clone()
+            x[:, positions] *= norms(other, positions) / norms(own, positions)
+            given[name] = patched([1], source=study.record(x, k, v))
         for name, hooks in given.items():
             kept: dict[str, Tensor] = {}
             study.model.run_from(1, here[resid], hooks | interventions.record([scale], kept))
@@ -2010,7 +2005,6 @@ def depth_results(study: Study) -> dict:
     if "affine" not in study.kinds:
         raise ValueError(f"depths are compared on affine recurrences, not on {study.task_name}")
     errors, (_, A, B) = predictor_errors(study, study.test.a), strong_strides(study)
-    bins = (study.test.c.abs() / C_BIN).long()
     found = {"layers": len(study.layers), "MSE, all lengths": claim_mse(study).measured}
     found |= {"MSE, 14 inputs": errors["model"].mean(), "A / c^2": A[:, 5:].mean(), "B / c": B[:, 5:].mean()}
     found["explained by source weights"] = np.mean([w.explained for w in study.weights.values()])
@@ -2022,7 +2016,7 @@ def depth_results(study: Study) -> dict:
     interleaved = unexplained(interleaved_errors(study, 1.2, 2.0))["interleaved"]
     found["interleaved: unexplained share"] = interleaved["model"]
     found["by position"] = errors["model"].mean(0)
-    return found | {"by |c|": [errors["model"][bins == b].mean() for b in range(int(2 / C_BIN))]}
+    return found | {"by |c|": by_size(study.test.c, errors["model"].mean(1))}
 
 
 def figure_depths(runs: dict[str, dict]):
@@ -2034,7 +2028,7 @@ def figure_depths(runs: dict[str, dict]):
         layers, color = found["layers"], LAYER_COLORS[i % 3]
         line = {"color": color, "marker": ".", "label": f"{layers} layer{'s' * (layers > 1)}"}
         panels[0].semilogy(range(FIRST_POSITION, MAX_LENGTH), found["by position"], **line)
-        panels[1].semilogy(np.arange(0, 2, C_BIN) + C_BIN / 2, found["by |c|"], **line)
+        panels[1].semilogy(SIZE_RANGES, found["by |c|"], **line)
         for y, name in enumerate(names[: 2 * layers]):
             ablated, held = found[f"{name} ablated, and with the clean scale: MSE / unchanged"]
             panels[2].plot([ablated, held], [y + 0.2 * i] * 2, color=color, lw=1)
