@@ -1496,6 +1496,7 @@ class Analysis(TestCase):
         out, missing = self.folder(), os.path.join(self.folder(), "missing")
         tasks = self.runs_folder({"task": "linear-2"}, {"task": "quadratic"}, {"task": "affine"})
         depths = self.runs_folder({"n_layers": 1}, {"n_layers": 2})
+        self.assertRefused(1, "not on linear-2", analyze.main, "--depths", tasks, "--out", out)
         for kind, folder in (("tasks", tasks), ("depths", depths)):
             self.assertRefused(1, "there is no run in", analyze.main, f"--{kind}", missing, "--out", out)
             self.assertRefused(2, "give it by itself", analyze.main, f"--{kind}", folder, "--all")
@@ -1611,14 +1612,9 @@ class Analysis(TestCase):
         self.assertFalse(os.path.exists(out))
 
     def test_a_model_with_fewer_layers_gets_what_has_a_meaning_for_it(self):
-        run, out = os.path.join(self.folder(), "run"), os.path.join(self.folder(), "figures")
-        os.mkdir(run)
-        config = dataclasses.replace(SMALL_TASK, n_layers=1)
-        model.save_json(dataclasses.asdict(config), os.path.join(run, "config.json"))
-        model.save_file(model.Transformer(config, seeded()).state_dict(), os.path.join(run, "weights.pt"))
-        with open(os.path.join(run, "log.csv"), "w") as f:
-            f.write("step,loss,eval_mse,seconds\n10,1,1,1\n")
-        status, said, err = command(analyze.main, "--all", "--run", run, "--out", out)
+        run = os.path.join(self.runs_folder({"n_layers": 1}), "seed_0000")
+        out = os.path.join(run, "figures")  # where it goes if nothing else is said
+        status, said, err = command(analyze.main, "--all", "--run", run)
         self.assertEqual(status, 0, err)
         left_out = said.splitlines()[0]
         for name in ("figure 4", "figure 12", "l1_second_token", "l2_qk_pinv", "gain_control"):
