@@ -2002,8 +2002,6 @@ def draw_legend(panels) -> tuple[list, list]:
 def depth_results(study: Study) -> dict:
     """Which parts a model of any depth has: copy (A and B), gain (what a clean final scale mends of an
     ablation), subtraction (factors on a*); and its error."""
-    if "affine" not in study.kinds:
-        raise ValueError(f"depths are compared on affine recurrences, not on {study.task_name}")
     errors, (_, A, B) = predictor_errors(study, study.test.a), strong_strides(study)
     found = {"layers": len(study.layers), "MSE, all lengths": claim_mse(study).measured}
     found |= {"MSE, 14 inputs": errors["model"].mean(), "A / c^2": A[:, 5:].mean(), "B / c": B[:, 5:].mean()}
@@ -2043,21 +2041,25 @@ def figure_depths(runs: dict[str, dict]):
     return canvas
 
 
-SURVEYS = {"tasks": (task_results, figure_tasks), "depths": (depth_results, figure_depths)}
+SURVEYS = {"tasks": (task_results, figure_tasks, "any"), "depths": (depth_results, figure_depths, "affine")}
 
 
 def survey(kind: str, folder: str, seed: int, out: str):
     """Measure every run in `folder`/*/ and set them beside one another: KIND.json, KIND.md and KIND.png in
-    `out`. Raises FileNotFoundError where there is none, and what `open_study` raises."""
-    measure_one, figure_of = SURVEYS[kind]
+    `out`. Raises FileNotFoundError where there is none, ValueError for one of a task that has no part in it,
+    and what `open_study` raises."""
+    measure_one, figure_of, tasks = SURVEYS[kind]
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "weights.pt")))
     if not paths:
         raise FileNotFoundError(f"there is no run in {os.path.join(folder, '*')}: train some with train.py")
+    studies = {run: open_study(run, seed) for run in map(os.path.dirname, paths)}
+    for run, study in studies.items():
+        if tasks not in study.kinds:
+            raise ValueError(f"--{kind} is about {tasks} recurrences, but {run} learnt {study.task_name}")
     os.makedirs(out, exist_ok=True)
-    progress, runs = Progress(len(paths)), {}
-    for run in map(os.path.dirname, paths):
+    progress, runs = Progress(len(studies)), {}
+    for run, study in studies.items():
         progress.next(os.path.basename(run))
-        study = open_study(run, seed)
         runs[os.path.basename(run)] = plain(measure_one(study) | {"meta": meta(study, run)})
     progress.finish()
     labels = dict.fromkeys(label for found in runs.values() for label in found)

@@ -1496,7 +1496,7 @@ class Analysis(TestCase):
         out, missing = self.folder(), os.path.join(self.folder(), "missing")
         tasks = self.runs_folder({"task": "linear-2"}, {"task": "quadratic"}, {"task": "affine"})
         depths = self.runs_folder({"n_layers": 1}, {"n_layers": 2})
-        self.assertRefused(1, "not on linear-2", analyze.main, "--depths", tasks, "--out", out)
+        self.assertRefused(1, "learnt linear-2", analyze.main, "--depths", tasks, "--out", out)
         for kind, folder in (("tasks", tasks), ("depths", depths)):
             self.assertRefused(1, "there is no run in", analyze.main, f"--{kind}", missing, "--out", out)
             self.assertRefused(2, "give it by itself", analyze.main, f"--{kind}", folder, "--all")
