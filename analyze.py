@@ -1949,7 +1949,8 @@ def root_strides(weights: Weights) -> dict[str, float]:
     z, A, B = z[grows], *(part[:, 6:] for part in strides(weights.w[grows], z[grows]))
     powers = z[:, None] ** -torch.arange(1.0, c.shape[1] + 1)
     last = (c[grows] * powers)[:, 1::2].sum(1, keepdim=True)
-    found = {"A / z^2 + B / z (right: 1)": (A + B).real, "A / z^2 is off strides of two by": (A - 1).abs()}
+    found = {"A / z^2": A.real, "B / z": B.real, "A / z^2 + B / z (right: 1)": (A + B).real}
+    found["A / z^2 is off strides of two by"] = (A - 1).abs()
     found["A / z^2 is off the last steps by"] = (A - last).abs()
     found["these two differ by"] = (last - 1).abs()
     return {name: value.mean() for name, value in found.items()}
