@@ -47,7 +47,7 @@ from model import Transformer, fold, load_file, load_weights, replacing, save_js
 from train import CommandLine, Line, whole_number
 
 POPULATION = 1000  # sequences of 14 inputs, as in the paper (section 4.5)
-SMALL = 100  # sequences for an untrained model and for the steps of a run
+SMALL = 100  # sequences for the steps of a run, and half as many for an untrained model
 HELD_OUT_PER_LENGTH = 840  # 10,080 sequences over the 12 lengths
 EXAMPLES = 200  # alternating and other sequences for the attention of layer 2
 FEW = 250  # test sequences for ablations of single heads and for those that are only controls
@@ -234,7 +234,7 @@ class Study:
     def untrained(self) -> "Study":
         """The same study of a freshly initialised model, on fewer sequences."""
         fresh = Transformer(self.model.config, self.generator("untrained"))
-        return Study(fresh, self.seed, SMALL, self.log, self.task_name)
+        return Study(fresh, self.seed, SMALL // 2, self.log, self.task_name)
 
     @functools.cached_property
     def exact(self) -> Transformer:
@@ -520,14 +520,14 @@ def figure_errors_by_c(study: Study):
 def figure_out_of_distribution(study: Study):
     canvas, panels = grid(2, 2, 10, 7, "Where training never went (white: where it did)", sharey=True)
     g = study.generator("out of distribution")
-    a = study.sample(EXAMPLES, MAX_LENGTH, g).a
+    a = study.sample(100, MAX_LENGTH, g).a
     noise = torch.randn(a.shape, generator=g)
     noise[:, -1] = 0  # the last vector is the target
     lows, lengths = np.arange(-3, 3, C_BIN).tolist(), range(MIN_LENGTH, study.longest + 1)
     deviations, factors = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
     wild = {low + C_BIN / 2: study.sample(50, MAX_LENGTH, g, (low, low + C_BIN)).a for low in lows}
     shown = {  # {xlabel: (where training went, {x: sequences})}
-        "inputs": ((MIN_LENGTH, MAX_LENGTH), {n: study.sample(100, n, g).a for n in lengths}),
+        "inputs": ((MIN_LENGTH, MAX_LENGTH), {n: study.sample(50, n, g).a for n in lengths}),
         "c": ((-2, 2), wild),
         "factor on all vectors": ((0.95, 1.05), {k: k * a for k in factors}),
         "standard deviation of noise on the inputs; last prediction": (
@@ -851,13 +851,16 @@ def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     model, a, resid = study.model, study.population.a[:, :-1], study.activations["blocks.0.hook_resid_pre"]
     ov, large = ov_circuit(model, 0), large_vectors(study)
     written, normalised = copied(study, resid)[1], study.activations["blocks.0.ln1.hook_normalized"]
+    mixed = torch.stack([vectors.roll(p, 0) for p, vectors in enumerate(study.population.a.unbind(1))], 1)
     return {"data vectors": fit_line(a[large], written[large]),
             "data vectors of any norm": fit_line(a, written),
             "each head": fit_line(a[large],
                                   torch.einsum("nd,hdv->hnv", normalised[large], ov @ model.unembed.W_U)),
             "random vectors": fit_line(*copied(study, random_vectors(study))),
             "weights alone, without ln1 and position": fit_line(a, a @ full_ov_circuit(model, 0).sum(0)),
-            "d_model coordinates, as the paper says": fit_line(resid, resid @ ov.sum(0))}
+            "d_model coordinates, as the paper says": fit_line(resid, resid @ ov.sum(0)),
+            "all of layer 0 against a_n-1": layer_0_adds(study, study.population.a),
+            "the same on vectors of different recurrences": layer_0_adds(study, mixed)}
 
 
 def layer_0_adds(study: Study, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -871,15 +874,10 @@ def layer_0_adds(study: Study, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def ov_control(study: Study, part: int) -> dict:
     """Medians over vectors of one number of the fits (0 slope, 1 intercept, 2 R^2) in every reading."""
-    a, fits = study.population.a, ov_fits(study)
-    mixed = torch.stack(
-        [a[:, p].roll(p, 0) for p in range(a.shape[1])], 1
-    )  # each vector from another recurrence
+    fits = ov_fits(study)
     return {"5%, 50%, 95% of the vectors": percentiles(fits["data vectors"][part]),
             "each head": fits["each head"][part].median(1).values,
-            **{name: fit[part].median() for name, fit in fits.items() if name != "each head"},
-            "all of layer 0 against a_n-1": layer_0_adds(study, a)[part].median(),
-            "the same on vectors of different recurrences": layer_0_adds(study, mixed)[part].median()}
+            **{name: fit[part].median() for name, fit in fits.items() if name != "each head"}}
 
 
 @claim("layer 0 OV is linear on residual stream vectors: R^2", 0.83, 8, "R^2", tasks="any")
@@ -1723,11 +1721,12 @@ def claim_one_knob(study: Study) -> Finding:
         name, (mean, directions, shares) = f"blocks.{l}.hook_attn_out", main_directions(study, l, 3)
         for k in (1, 2, 3) if l == 1 else (1,):
             for what, change in changes.items():
-                arms[f"layer {l}: {k} {what}"] = study.errors(l, change(name, mean, directions[:k]))
+                hook = change(name, mean, directions[:k])
+                arms[f"layer {l}: {k} {what}"] = study.errors(l, hook, count=None if l == 1 else FEW)
         control[f"layer {l}: share of the variance along each"] = shares
         control[f"layer {l}: cosine of the first with what W_U reads"] = (directions[0] @ span).norm()
     control["that cosine by chance"] = (study.model.config.d_vocab / study.model.config.d_model) ** 0.5
-    factors = {name: errors.mean() / study.baseline.mean() for name, errors in arms.items()}
+    factors = {name: errors.mean() / study.baseline[: len(errors)].mean() for name, errors in arms.items()}
     one, without = factors["layer 1: 1 kept"], factors["layer 1: 1 removed"]
     others = {name: factors[name] for name in ("layer 0: 1 kept", "layer 2: 1 kept")}
     how = verdict(one <= 2 and without >= 10 and min(others.values()) > 2, one <= 4 and without >= 5 * one)
