@@ -2195,24 +2195,31 @@ def figure_seeds(claims: dict[str, dict]):
 
 def figure_course(courses: dict[str, dict]):
     """A panel for each claim against the step, from {seed: {step: course}}: a line a seed and value; and how
-    many claims hold."""
+    many claims hold. Ranges are those from step 512 on: shares of nothing, before, may be of any size."""
     first = next(iter(next(iter(courses.values())).values()))
     title = f"When it forms: the values of the claims against the step, {len(courses)} seeds"
     canvas, panels, (last, *_) = claim_panels(first, title)
-    for i, steps in enumerate(courses.values()):
-        x = [int(step) for step in steps]
-        for name, axes in panels.items():
+    for name, axes in panels.items():
+        late = [line.get_ydata()[0] for line in axes.lines]  # the paper's value
+        for i, steps in enumerate(courses.values()):
+            x = np.array([int(step) for step in steps])
             for j, label in enumerate(first[name]["values"]):
-                y = [found[name]["values"][label] for found in steps.values()]
+                y = np.array([found[name]["values"][label] for found in steps.values()])
                 axes.plot(x, y, color=f"C{j}", lw=0.8, label=None if i else label)
+                late += y[x >= min(512, x[-1])].tolist()
+        if axes.get_yscale() == "linear":
+            margin = 0.05 * (max(late) - min(late)) + 1e-9
+            axes.set_ylim(min(late) - margin, max(late) + margin)
+    for i, steps in enumerate(courses.values()):
         for ours, color in ((False, TRUTH), (True, LENS)):
             y = [holding(found, ours) for found in steps.values()]
-            last.plot(x, y, color=color, lw=0.8, label=None if i else ("ours" if ours else "the paper's"))
+            last.plot([int(step) for step in steps], y, color=color, lw=0.8, label=None if i else ("ours" if ours else "the paper's"))
     last.axis("on")
     last.set(title="claims that hold", ylabel="number of claims")
     for axes in (*panels.values(), last):
         axes.set_xscale("symlog", linthresh=100)  # logarithmic, but with a place for 0
         axes.set_xticks([0, 1000, 100_000], ["0", "1,000", "100,000"])
+        axes.set_xlim(0, max(map(int, next(iter(courses.values())))))
         axes.legend(fontsize=6)
     canvas.supxlabel("step", fontsize=9)
     return canvas
