@@ -1,6 +1,6 @@
 """The properties that the rest of the project relies on.
 
-    python -m unittest test_all                     # under a minute
+    python -m unittest test_all                     # about three minutes
     python -m unittest test_all.Folding             # one group
 
 Small models and few sequences, except where the shipped weights themselves are what is tested.
@@ -599,7 +599,7 @@ class Training(TestCase):
         for run, initial in zip(runs, first):
             self.assertEqual(sorted(os.listdir(run.options.out)), sorted([*train.FILES, "steps"]))
             self.assertEqual(sorted(os.listdir(run.path("steps"))), [f"0000000{n}.pt" for n in (0, 1, 2, 4)])
-            self.assertEqual([row[0] for row in analyze.read_log(run.path("log.csv"))], [3, 6])
+            self.assertEqual(analyze.read_log(run.path("log.csv"))["step"].tolist(), [3, 6])
             loaded, begun = (model.load_weights(run.path(name))
                              for name in ("weights.pt", "steps/00000000.pt"))
             self.assertEqual(loaded.config, SMALL_TASK)
@@ -828,7 +828,7 @@ class Training(TestCase):
         with mock.patch.object(run, "save", lambda: saves.append(run.step) or save()):
             self.quietly(run)
         self.assertEqual(saves, [9])
-        self.assertEqual([row[0] for row in analyze.read_log(run.path("log.csv"))], list(range(1, 10)))
+        self.assertEqual(analyze.read_log(run.path("log.csv"))["step"].tolist(), list(range(1, 10)))
         run, saves = train.open_run(self.settings(steps=9, eval_every=3), resume=False), []
         save, ticks = run.save, itertools.count(0, 10)
         with mock.patch.object(run, "save", lambda: saves.append(run.step) or save()):
