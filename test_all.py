@@ -264,6 +264,7 @@ class Tasks(TestCase):
             self.assertAlmostEqual(is_complex.any(1).mean(), 0.5, delta=0.03)
             self.assertEqual(set(is_complex.sum(1)), {0, 2})
             self.assertAlmostEqual(np.abs(roots[is_complex]).mean(), 1, delta=0.03)  # of U[0, 2]
+            self.assertAlmostEqual(roots[is_complex].real.mean(), 0, delta=0.05)  # any angle
             self.assertAlmostEqual(roots[~is_complex].real.std(), 4 / 12**0.5, delta=0.04)
 
     def test_solvers_are_exact_where_the_next_vector_is_determined(self):
@@ -1229,9 +1230,12 @@ class Measures(TestCase):
             linear = lambda x: 2 * x - 3 * F.pad(x, (0, 0, 1, 0))[:, :-1]
             solver = lambda x: F.pad(data.solve_recurrence(x), (0, 0, 2, 0))
             two_steps = lambda x: F.pad(data.solve_two_steps(x), (0, 0, 4, 0))
+            rule = lambda x: F.pad(data.two_step_rule(x), (0, 0, 2, 0))
+            nearest = {2: 1, 0: -(c**2)} if abs(c) > 1 else {6: 1, 4: -(c**2)}  # where it reads a*
             for predict, expected in ((linear, {6: 2, 5: -3}),
                                       (solver, {6: c + 0.5, 5: 0.5 - c / 2, 4: -c / 2}),
-                                      (two_steps, {6: 1, 5: c**2, 4: -(c**2)})):
+                                      (two_steps, {6: 1, 5: c**2, 4: -(c**2)}),
+                                      (rule, {5: c**2, **nearest})):
                 w = analyze.source_weights(predict, x, v[0])
                 wanted = torch.tensor([float(expected.get(s, 0)) for s in range(9)], dtype=torch.double)
                 self.assertClose(w[:, 6], wanted.expand(3, -1), 1e-7)
@@ -1489,6 +1493,13 @@ class Analysis(TestCase):
         self.assertLess(two["A / z^2 is off strides of two by"], 1e-6)
         self.assertLess(one["A / z^2 is off the last steps by"], 1e-6)
         self.assertClose(two["A / z^2 is off the last steps by"], two["these two differ by"], 1e-6)
+        roots = np.array([np.roots([1, *-row]) for row in c.numpy()])
+        largest = torch.tensor(np.take_along_axis(roots, np.abs(roots).argmax(1)[:, None], 1)[:, 0])
+        real, w = largest.imag.abs() < 1e-9, torch.zeros(60, 14, 14, dtype=torch.double)
+        w[:, range(6, 14), range(5, 13)] = largest.real[:, None] ** 2  # right for the largest root only
+        chosen = data.Sample(*(value[real] for value in sample))
+        found = analyze.root_strides(analyze.Weights(chosen, w[real], 0.0, 1.0))
+        self.assertLess(found["A / z^2 is off strides of two by"], 1e-6)
         curves = data.sample(9, 14, seeded(), task="polynomial-2", dtype=torch.float64)
         self.assertEqual(analyze.root_strides(analyze.Weights(curves, w[0, :9], 0.0, 1.0)), {})
 
