@@ -1834,6 +1834,11 @@ def figure_interleaved(study: Study):
     return canvas
 
 
+def favourite_source(study: Study) -> int:
+    """The position that layer 1 attends to most, from positions 4 to 13, mean over heads and sequences."""
+    return int(study.activations["blocks.1.attn.hook_pattern"][:, :, 4:].mean((0, 1, 2)).argmax())
+
+
 @once
 def knob_shares(study: Study) -> dict[str, list[float]]:
     """What turns the knob: {what layer 1 is given of other sequences: share of the change of ln_final's log
@@ -1841,9 +1846,11 @@ def knob_shares(study: Study) -> dict[str, list[float]]:
     and the other way round.
 
     "z" is all that the heads read; "pattern" and "values" one of its two factors; "position s" key and value
-    of one source position; "size" key and value of position 1 of the same sequence with a_0 and a_1 as long
-    as in the other, "size of a_0" and "size of a_1" with only one of them.
+    of one source position, "favourite" of the one that layer 1 attends to most; "size" key and value of
+    position 1 of the same sequence with a_0 and a_1 as long as in the other, "size of a_0" and "size of a_1"
+    with only one of them, "favourite, size" key and value of the favourite with all vectors up to it so long.
     """
+    favourite = favourite_source(study)
     scale, resid, count = "ln_final.hook_scale", "blocks.1.hook_resid_pre", max(10, study.size // 20)
     k, v, pattern, z = (f"blocks.1.attn.hook_{name}" for name in ("k", "v", "pattern", "z"))
     both = []
@@ -1863,11 +1870,13 @@ def knob_shares(study: Study) -> dict[str, list[float]]:
                  "values": interventions.hold({v: there[v]}),
                  **{f"position {s}": patched([s]) for s in range(5)},
                  "positions 5 to 13": patched(range(5, MAX_LENGTH)), "position 1, key": patched([1], [k]),
-                 "position 1, value": patched([1], [v])}
-        for name, positions in {"size": [0, 1], "size of a_0": [0], "size of a_1": [1]}.items():
+                 "position 1, value": patched([1], [v]), "favourite": patched([favourite])}
+        sizes = {"size": ([0, 1], 1), "size of a_0": ([0], 1), "size of a_1": ([1], 1)}
+        sizes["favourite, size"] = list(range(favourite + 1)), favourite
+        for name, (positions, source) in sizes.items():
             x = own.clone()
             x[:, positions] *= norms(other, positions) / norms(own, positions)
-            given[name] = patched([1], source=study.record(x, k, v))
+            given[name] = patched([source], source=study.record(x, k, v))
         for name, hooks in given.items():
             kept: dict[str, Tensor] = {}
             study.model.run_from(1, here[resid], hooks | interventions.record([scale], kept))
@@ -1888,6 +1897,23 @@ def claim_knob(study: Study) -> Finding:
               for i, kind in ((0, "growing"), (1, "decaying"))}
     return Finding(shares["position 1"], verdict(second and min(shares["size"]) >= 0.5, second), values,
                    shares)
+
+
+@claim("what turns the knob is the size of the vectors up to layer 1's favourite position", None, 26,
+       "share that follows", 2)
+def claim_knob_favourite(study: Study) -> Finding:
+    """See `knob_shares`; the favourite is the position that layer 1 attends to most. In both directions at
+    least half of the change of the log scale follows layer 1's key and value of it alone, and more than those
+    of any other of positions 0 to 4, or of 5 to 13 together; and at least half follows the size of the
+    vectors up to it, seen through it alone. Partly if only the first."""
+    shares, favourite = knob_shares(study), favourite_source(study)
+    others = [shares[name] for s, name in enumerate([*(f"position {s}" for s in range(5)), "positions 5 to 13"])
+              if s != min(favourite, 5)]
+    first = all(shares["favourite"][i] >= max(0.5, *(other[i] for other in others)) for i in (0, 1))
+    values = {f"{name}, to {kind}": shares[name][i] for name in ("favourite", "favourite, size")
+              for i, kind in ((0, "growing"), (1, "decaying"))}
+    how = verdict(first and min(shares["favourite, size"]) >= 0.5, first)
+    return Finding(shares["favourite"], how, values, {"favourite position": favourite})
 
 
 @figure(26, "what turns the knob (ours)", layers=2)
