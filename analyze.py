@@ -52,8 +52,11 @@ HELD_OUT_PER_LENGTH = 840  # 10,080 sequences over the 12 lengths
 EXAMPLES = 200  # alternating and other sequences for the attention of layer 2
 FEW = 250  # test sequences for ablations of single heads and for those that are only controls
 QK_DRAWS = 5  # random matrices for each arm of the pseudoinverse test
-RESAMPLES = 1000  # of each bootstrap
+RESAMPLES = 400  # of each bootstrap
+PER_C = 5  # sequences for each c at which source weights are read
+WHOLE = 40  # and where c is not chosen
 SAMPLES = "POPULATION SMALL HELD_OUT_PER_LENGTH EXAMPLES FEW QK_DRAWS RESAMPLES PER_C WHOLE".split()
+SCALE = "ln_final.hook_scale"
 
 # ------------------------------------------------------------------------------------------------------------
 # Helpers
@@ -74,17 +77,13 @@ class Finding:
 class Entry:
     """A claim or a figure."""
 
+    function: Callable  # Study -> Finding, or -> matplotlib figure
     text: str
     layers: int  # that a model must have for it
     tasks: str  # for which it has a meaning: affine, rotating (those of sequences that may be rotated) or any
-    function: Callable  # Study -> Finding, or -> matplotlib figure
     paper: object = None  # the paper's value of a claim, None for one of ours
     figure: int = 0  # where a claim is shown
     unit: str = ""  # of a claim's values
-
-    @property
-    def rule(self) -> str:
-        return " ".join(inspect.getdoc(self.function).split())
 
 
 CLAIMS: dict[str, Entry] = {}
@@ -95,8 +94,7 @@ def claim(text: str, paper, figure: int, unit: str, layers: int = 1, tasks: str 
     """Puts a function claim_NAME(study) -> Finding into CLAIMS as NAME."""
 
     def register(find: Callable) -> Callable:
-        name = find.__name__.removeprefix("claim_")
-        CLAIMS[name] = Entry(text, layers, tasks, find, paper, figure, unit)
+        CLAIMS[find.__name__.removeprefix("claim_")] = Entry(find, text, layers, tasks, paper, figure, unit)
         return find
 
     return register
@@ -106,7 +104,7 @@ def figure(number: int, title: str, layers: int = 1, tasks: str = "affine") -> C
     """Puts a function figure_NAME(study) -> matplotlib figure into FIGURES; it is drawn to figNN_NAME.png."""
 
     def register(draw: Callable) -> Callable:
-        FIGURES[number] = Entry(title, layers, tasks, draw)
+        FIGURES[number] = Entry(draw, title, layers, tasks)
         return draw
 
     return register
@@ -147,47 +145,21 @@ def regress(y: Tensor, *xs: Tensor) -> tuple[list[float], float]:
     return coefficients.tolist(), 1 - ((y - X @ coefficients) ** 2).sum().item() / (y**2).sum().item()
 
 
-def percentiles(values: Tensor) -> Tensor:
-    """5%, 50% and 95% of the values, [3]."""
-    return values.flatten().double().quantile(torch.tensor([0.05, 0.5, 0.95]).double())
+def quantiles(values: Tensor, *shares: float) -> list[float]:
+    """Those of the values that are not nan, by default at 5%, 50% and 95%."""
+    return values.flatten().double().nanquantile(torch.tensor(shares or (0.05, 0.5, 0.95)).double()).tolist()
 
 
-def middle(values: Tensor) -> list[float]:
-    """From 2.5% to 97.5% of the values."""
-    return values.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+def interval(*values: Tensor, of: Callable[..., Tensor] = torch.mean) -> list[float]:
+    """95% interval of the statistic `of(*values)`, resampled over the first dimension, which is that of the
+    sequences."""
+    count = len(values[0])
+    draws = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    return quantiles(torch.stack([of(*(v[picks] for v in values)) for picks in draws]), 0.025, 0.975)
 
 
-def bootstrap(values: Tensor, generator: torch.Generator) -> list[float]:
-    """95% interval of the mean of `values` [n] or [groups, n], resampled over n in each group."""
-    means = torch.zeros(RESAMPLES, dtype=torch.double)
-    rows = values.double().reshape(-1, values.shape[-1])
-    for row in rows:
-        picks = torch.randint(len(row), (RESAMPLES, len(row)), generator=generator)
-        means += row[picks].mean(1) / len(rows)
-    return middle(means)
-
-
-def resampled(statistic: Callable[[Tensor], Tensor], count: int, generator: torch.Generator) -> list[float]:
-    """95% interval of a statistic of `count` sequences, a function of the indices of those drawn, [count]."""
-    draws = [torch.randint(count, (count,), generator=generator) for _ in range(RESAMPLES // 5)]
-    return middle(torch.stack([statistic(picks) for picks in draws]))
-
-
-def median_interval(values: Tensor, owners: Tensor, generator: torch.Generator) -> list[float]:
-    """95% interval of the median of values [n], resampled by the sequence each belongs to, owners [n]."""
-    order, count = values.argsort(), int(owners.max()) + 1
-
-    def weighted_median(picks: Tensor) -> Tensor:  # the first value to reach half of the weight
-        reached = picks.bincount(minlength=count)[owners[order]].cumsum(0)
-        return values[order[(reached >= reached[-1] / 2).float().argmax()]]
-
-    return resampled(weighted_median, count, generator)
-
-
-def ratio_interval(numerators: Tensor, denominators: Tensor, generator: torch.Generator) -> list[float]:
-    """95% interval of sum(numerators) / sum(denominators), each [n], over n (to first order in the noise)."""
-    ratio = numerators.sum() / denominators.sum()
-    return bootstrap(ratio + (numerators - ratio * denominators) / denominators.mean(), generator)
+def ratio(numerators: Tensor, denominators: Tensor) -> Tensor:
+    return numerators.sum() / denominators.sum()
 
 
 def squared_errors(prediction: Tensor, target: Tensor, first: int = FIRST_POSITION) -> Tensor:
@@ -227,8 +199,28 @@ class Study:
         d_vocab = self.model.config.d_vocab
         return data.sample(count, length, generator, d_vocab, c_range, self.task_name, **options)
 
-    def draw(self, purpose: str, size: int, c_range: tuple[float, float] = (-2.0, 2.0)) -> data.Sample:
-        return self.sample(min(size, self.size), MAX_LENGTH, self.generator(purpose), c_range)
+    @once
+    def draw(self, purpose: str, size: int = 0, c_range: tuple[float, float] = (-2.0, 2.0)) -> data.Sample:
+        return self.sample(min(size or self.size, self.size), MAX_LENGTH, self.generator(purpose), c_range)
+
+    @property
+    def population(self) -> data.Sample:
+        """The sequences on which activations are averaged."""
+        return self.draw("population")
+
+    @property
+    def test(self) -> data.Sample:
+        """Other sequences, on which interventions are judged."""
+        return self.draw("test")
+
+    @property
+    def alternating(self) -> data.Sample:
+        return self.draw("alternating", EXAMPLES, (-1.1, -0.9))
+
+    @property
+    def steady(self) -> data.Sample:
+        """The counterpart of the alternating sequences: equally long, with c near 1."""
+        return self.draw("steady", EXAMPLES, (0.9, 1.1))
 
     @functools.cached_property
     def untrained(self) -> "Study":
@@ -241,25 +233,6 @@ class Study:
         """The model in float64, for derivatives."""
         return copy.deepcopy(self.model).double()
 
-    @functools.cached_property
-    def population(self) -> data.Sample:
-        """The sequences on which activations are averaged."""
-        return self.draw("population", POPULATION)
-
-    @functools.cached_property
-    def test(self) -> data.Sample:
-        """Other sequences, on which interventions are judged."""
-        return self.draw("test", POPULATION)
-
-    @functools.cached_property
-    def alternating(self) -> data.Sample:
-        return self.draw("alternating", EXAMPLES, (-1.1, -0.9))
-
-    @functools.cached_property
-    def steady(self) -> data.Sample:
-        """The counterpart of the alternating sequences: equally long, with c near 1."""
-        return self.draw("steady", EXAMPLES, (0.9, 1.1))
-
     def record(self, x: Tensor, *names: str) -> dict[str, Tensor]:
         """Activations on inputs x; the output is under "output"."""
         kept: dict[str, Tensor] = {}
@@ -268,64 +241,61 @@ class Study:
     @functools.cached_property
     def activations(self) -> dict[str, Tensor]:
         """The one plain forward pass over the population that claims and figures share."""
-        once = ("blocks.0.hook_resid_pre", "blocks.0.ln1.hook_normalized", "blocks.0.hook_resid_mid")
+        once = ("blocks.0.hook_resid_pre", "blocks.0.ln1.hook_normalized", "blocks.0.hook_resid_mid", SCALE)
         each = ("attn.hook_pattern", "attn.hook_z", "attn.hook_result", "hook_attn_out", "hook_mlp_out")
         names = [f"blocks.{l}.{name}" for l in self.layers for name in (*each, "hook_resid_post")]
-        return self.record(self.population.a[:, :-1], *once, *names, "ln_final.hook_scale")
+        return self.record(self.population.a[:, :-1], *once, *names)
 
     @functools.cached_property
-    def test_activations(self) -> dict[str, Tensor]:
-        """What interventions on the test sequences start from: hook_resid_pre of every layer and after the
-        last one, and the final scale."""
+    def streams(self) -> list[Tensor]:
+        """The residual stream on the test sequences before each layer and after the last, [size, pos,
+        d_model] each: where interventions start from."""
         names = [f"blocks.{l}.hook_resid_pre" for l in self.layers]
-        post = f"blocks.{len(self.layers) - 1}.hook_resid_post"
-        kept = self.record(self.test.a[:, :-1], *names, post, "ln_final.hook_scale")
-        return kept | {f"blocks.{len(self.layers)}.hook_resid_pre": kept[post]}
+        names.append(f"blocks.{self.layers[-1]}.hook_resid_post")
+        kept = self.record(self.test.a[:, :-1], *names)
+        return [kept[name] for name in names]
 
-    def errors(self, layer: int = 0, hooks: dict[str, Callable] | None = None,
-               model: Transformer | None = None, held: dict[str, Tensor] | None = None,
-               kept: dict[str, list[Tensor]] | None = None, count: int | None = None) -> Tensor:
-        """MSE of each of the first `count` test sequences, under an intervention that changes nothing before
-        `layer`.
+    def final_stream(self, layer: int, hooks: dict[str, Callable] | None = None, count: int | None = None,
+                     model: Transformer | None = None) -> Tensor:
+        """The residual stream after the last layer on the first `count` test sequences, [count, pos,
+        d_model], under an intervention that changes nothing before `layer`. 100 sequences at a time: the
+        activations of so many stay in the processor's cache."""
+        name, parts = f"blocks.{self.layers[-1]}.hook_resid_post", []
+        for resid in self.streams[layer][:count].split(100):
+            kept: dict[str, Tensor] = {}
+            (model or self.model).run_from(layer, resid, (hooks or {}) | interventions.record([name], kept))
+            parts.append(kept[name])
+        return torch.cat(parts)
 
-        held: activations [size, ...] that take the place of what they would be; kept: lists to which
-        activations are added. 100 sequences at a time: the activations of so many stay in the processor's
-        cache.
-        """
-        errors = []
-        for part in torch.arange(self.size)[:count].split(100):
-            recorded: dict[str, Tensor] = {}
-            fixed = interventions.hold({name: value[part] for name, value in (held or {}).items()})
-            all_hooks = (hooks or {}) | fixed | interventions.record(kept or (), recorded)
-            resid = self.test_activations[f"blocks.{layer}.hook_resid_pre"][part]
-            output = (model or self.model).run_from(layer, resid, all_hooks)
-            errors.append(squared_errors(output, self.test.a[part, 1:], self.task.first))
-            for name, values in (kept or {}).items():
-                values.append(recorded[name])
-        return torch.cat(errors)
+    def read_out(self, stream: Tensor, scale_of: Tensor | None = None) -> Tensor:
+        """MSE of each of the first test sequences whose final residual stream this is, [count, pos, d_model]
+        -> [count]; ln_final gets the scale that another stream has, if one is given."""
+        kept: dict[str, Tensor] = {}
+        if scale_of is not None:
+            self.model.run_from(len(self.layers), scale_of, interventions.record([SCALE], kept))
+        output = self.model.run_from(len(self.layers), stream, interventions.hold(kept))
+        return squared_errors(output, self.test.a[: len(stream), 1:], self.task.first)
+
+    def errors(self, *intervention, **options) -> Tensor:
+        """`read_out` of `final_stream`."""
+        return self.read_out(self.final_stream(*intervention, **options))
 
     @functools.cached_property
     def baseline(self) -> Tensor:
         """MSE of each test sequence without any intervention, [size]."""
-        return self.errors()
+        return self.read_out(self.streams[-1])
 
     def compare(self, errors: Tensor) -> dict:
         """MSE of an arm, its ratio to the unchanged model's and the interval of their difference."""
-        gap = bootstrap(errors - self.baseline, self.generator("compare"))
-        return {"mse": errors.mean(), "factor": errors.mean() / self.baseline.mean(), "difference": gap}
-
-    @functools.cached_property
-    def weights(self) -> dict[float, "Weights"]:
-        """Source weights for every c in +-SIZES."""
-        return {sign * size: read_weights(self, sign * size) for size in SIZES for sign in (-1, 1)}
+        return {"mse": errors.mean(), "factor": errors.mean() / self.baseline.mean(),
+                "difference": interval(errors - self.baseline)}
 
 
 def open_study(run: str, seed: int) -> Study:
     """The study of a run folder. FileNotFoundError or ValueError unless it is as train.py writes it."""
     if not os.path.isdir(run):
-        raise FileNotFoundError(
-            f"there is no run folder {run}: give one with weights.pt and log.csv, such as weights"
-        )
+        wanted = "give one with weights.pt and log.csv, such as weights"
+        raise FileNotFoundError(f"there is no run folder {run}: {wanted}")
     weights = os.path.join(run, "weights.pt")
     task = settings_beside(weights).get("task", "affine")
     return Study(load_weights(weights), seed, log=read_log(os.path.join(run, "log.csv")), task=task)
@@ -366,18 +336,20 @@ def grid(rows: int, columns: int, width: float, height: float, title: str, **opt
     return canvas, axes
 
 
-def heat(axes, matrix: Tensor, limit: float | None = None):
+def heat(axes, matrix: Tensor, limit: float | None = None, bar: str = ""):
     """A heat map, with the values written in where they are few: diverging about 0 with the range [-limit,
-    limit], blue positive as in the paper, or attention from 0 to 1 where `limit` is None."""
+    limit], blue positive as in the paper, or attention from 0 to 1 where `limit` is None; with a colour bar
+    if that has a label."""
     low, high = (0, 1) if limit is None else (-limit, limit)
     image = axes.imshow(matrix.numpy(), cmap="Blues" if limit is None else "RdBu", vmin=low, vmax=high)
     axes.spines[:].set_visible(True)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     for (row, column), value in np.ndenumerate(matrix.numpy()) if matrix.numel() <= 64 else ():
-        color = "white" if abs(value) > 0.6 * high else "black"
-        axes.text(column, row, f"{value:.{2 if high >= 0.1 else 3}f}", ha="center", va="center", fontsize=7,
-                  color=color)
+        text, color = f"{value:.{2 if high >= 0.1 else 3}f}", "white" if abs(value) > 0.6 * high else "black"
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+    if bar:
+        axes.figure.colorbar(image, ax=axes, label=bar)
     return image
 
 
@@ -453,21 +425,19 @@ def claim_mse(study: Study) -> Finding:
     seed, d_vocab = study.generator("held out").initial_seed(), study.model.config.d_vocab
     samples = data.held_out(per_length, seed, d_vocab=d_vocab, task=study.task_name)
     by_length = [predictor_errors(study, s.a) for s in samples]
-    errors = torch.stack([each["model"].mean(1) for each in by_length])  # [lengths, sequences]
-    measured = errors.mean()
+    errors = torch.stack([each["model"].mean(1) for each in by_length], 1)  # [sequences, lengths]
     first, lengths = study.task.first, study.task.lengths
     fourteen = ((study.activations["output"] - study.population.a[:, 1:])[:, first:] ** 2).mean(-1)
-    control = {f"by length, {lengths[0]} to {lengths[-1]}": errors.mean(1),
+    control = {f"by length, {lengths[0]} to {lengths[-1]}": errors.mean(0),
                f"14 inputs, by position {first} to 13": fourteen.mean(0),
-               "14 inputs, interval": bootstrap(fourteen.mean(1), study.generator("mse 14"))}
-    rivals = [name for name in by_length[0] if name != "model"]
-    control |= {name: torch.stack([e[name].mean() for e in by_length]).mean() for name in rivals}
+               "14 inputs, interval": interval(fourteen)}
+    control |= {name: torch.stack([e[name].mean() for e in by_length]).mean()
+                for name in by_length[0] if name != "model"}
     if study.log is not None:
         last = study.log["eval_mse"][-20:]
         control["last 20 evaluations of the log, lowest and highest"] = [last.min(), last.max()]
-    values = {"all lengths": measured, "14 inputs": fourteen.mean()}
-    interval = bootstrap(errors, study.generator("mse"))
-    return Finding(measured, verdict(measured <= 2e-4, measured <= 1e-3), values, control, interval)
+    measured, values = errors.mean(), {"all lengths": errors.mean(), "14 inputs": fourteen.mean()}
+    return Finding(measured, verdict(measured <= 2e-4, measured <= 1e-3), values, control, interval(errors))
 
 
 @figure(2, "loss against step", tasks="any")
@@ -511,9 +481,8 @@ def figure_errors_by_position(study: Study):
 @figure(20, "error by c, against what is possible (not in the paper)")
 def figure_errors_by_c(study: Study):
     bins, starts = ((study.test.c + 2) / C_BIN).long(), np.arange(-2, 2, C_BIN)
-    xlabel = f"c, in ranges of {C_BIN}"
     means = lambda e: torch.stack([e[bins == b].mean() for b in range(len(starts))])
-    return draw_test_errors(study, "c", xlabel, starts + C_BIN / 2, means)
+    return draw_test_errors(study, "c", f"c, in ranges of {C_BIN}", starts + C_BIN / 2, means)
 
 
 @figure(21, "error on longer, wilder, larger, smaller and noisy sequences (not in the paper)")
@@ -524,25 +493,20 @@ def figure_out_of_distribution(study: Study):
     noise = torch.randn(a.shape, generator=g)
     noise[:, -1] = 0  # the last vector is the target
     lows, lengths = np.arange(-3, 3, C_BIN).tolist(), range(MIN_LENGTH, study.longest + 1)
-    deviations, factors = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-    wild = {low + C_BIN / 2: study.sample(50, MAX_LENGTH, g, (low, low + C_BIN)).a for low in lows}
     shown = {  # {xlabel: (where training went, {x: sequences})}
         "inputs": ((MIN_LENGTH, MAX_LENGTH), {n: study.sample(50, n, g).a for n in lengths}),
-        "c": ((-2, 2), wild),
-        "factor on all vectors": ((0.95, 1.05), {k: k * a for k in factors}),
-        "standard deviation of noise on the inputs; last prediction": (
-            None,
-            {s: a + s * noise for s in deviations},
-        ),
+        "c": ((-2, 2), {x + C_BIN / 2: study.sample(50, MAX_LENGTH, g, (x, x + C_BIN)).a for x in lows}),
+        "factor on all vectors": ((0.95, 1.05), {k: k * a for k in (0.1, 0.2, 0.5, 1, 2, 5, 10)}),
+        "standard deviation of noise on the inputs; last prediction": (  # which alone has a target
+            None, {s: a + s * noise for s in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}),
     }
-    for i, (axes, (xlabel, (inside, settings))) in enumerate(zip(panels.flat, shown.items())):
-        part = slice(-1, None) if i == 3 else slice(None)  # with noise, the vectors in between are no targets
+    for axes, (xlabel, (inside, settings)) in zip(panels.flat, shown.items()):
+        part, low, high = slice(None if inside else -1, None), min(settings), max(settings)
         means = [{name: e[:, part].mean() for name, e in predictor_errors(study, x).items()}
                  for x in settings.values()]
-        draw_errors(axes, list(settings),
-                    {name: [mean[name] / mean["zero"] for mean in means] for name in means[0]})
-        low, high = min(settings), max(settings)
-        axes.set(xlabel=xlabel, xlim=(low, high), xscale="log" if i > 1 else "linear")
+        shares = {name: [mean[name] / mean["zero"] for mean in means] for name in means[0]}
+        draw_errors(axes, list(settings), shares)
+        axes.set(xlabel=xlabel, xlim=(low, high), xscale="log" if 0 < high / low > 20 else "linear")
         for left, right in ((low, inside[0]), (inside[1], high)) if inside else ((low, high),):
             axes.axvspan(left, right, color="0.95", zorder=0)
     for axes in panels[:, 0]:
@@ -579,17 +543,16 @@ def alternation(pattern: Tensor) -> dict[str, Tensor]:
     units of attention, mean over rows, with the sign (-1)^(n-s), the same in all rows if similar vectors
     attend to each other, and with (-1)^s, the same if all rows prefer the same columns.
     """
-    shares, by_distance, by_source = [], [], []
+    named = {"share": [], "by distance": [], "by source": []}
     for n in range(6, pattern.shape[-1]):
         row = pattern[:, :, n, 2 : n + 1]  # [batch, n_heads, src]
         row = row - row.mean(-1, keepdim=True)
         sign = (-1.0) ** torch.arange(2, n + 1)
         sign = sign - sign.mean()
         along, size = row @ sign, sign.pow(2).sum()
-        shares.append(along**2 / (row.pow(2).sum(-1) * size).clamp_min(1e-30))
-        by_source.append(along / size)
-        by_distance.append((-1) ** n * along / size)
-    named = {"share": shares, "by distance": by_distance, "by source": by_source}
+        named["share"].append(along**2 / (row.pow(2).sum(-1) * size).clamp_min(1e-30))
+        named["by distance"].append((-1) ** n * along / size)
+        named["by source"].append(along / size)
     return {name: torch.stack(values).mean((0, 1)) for name, values in named.items()}
 
 
@@ -600,10 +563,10 @@ def claim_l0_prev_token(study: Study) -> Finding:
     heads but at most one; partly in more than half of the heads."""
     score = previous_token_score(study.activations["blocks.0.attn.hook_pattern"])
     heads, n_heads = int((score > 0.5).sum()), len(study.heads)
+    how = verdict(heads >= n_heads - 1, heads > n_heads / 2)
     control = {"heads that do": heads,
                "uniform attention": previous_token_score(uniform_pattern(MAX_LENGTH))[0]}
-    return Finding(score, verdict(heads >= n_heads - 1, heads > n_heads / 2), {"heads": score.mean()},
-                   control)
+    return Finding(score, how, {"heads": score.mean()}, control)
 
 
 @claim("most layer 1 heads attend to the second vector", "most", 4, "attention", 2, tasks="any")
@@ -612,12 +575,10 @@ def claim_l1_second_token(study: Study) -> Finding:
     attended position, with at least twice what uniform attention gives; partly in more than a quarter of
     them."""
     pattern = study.activations["blocks.1.attn.hook_pattern"]
-    score, n_heads = second_token_score(pattern), len(study.heads)
-    uniform, favourite = (second_token_score(uniform_pattern(MAX_LENGTH))[0],
-                          pattern[:, :, 3:].mean((0, 2)).argmax(-1))
+    score, favourite = second_token_score(pattern), pattern[:, :, 3:].mean((0, 2)).argmax(-1)
+    uniform, n_heads = second_token_score(uniform_pattern(MAX_LENGTH))[0], len(study.heads)
     heads = int(((favourite == 1) & (score >= 2 * uniform)).sum())
     control = {"heads that do": heads, "most attended position": favourite, "uniform attention": uniform}
-    control["heads with more than half of their attention there"] = int((score > 0.5).sum())
     return Finding(score, verdict(heads > n_heads / 2, heads > n_heads / 4), {"heads": score.mean()}, control)
 
 
@@ -633,21 +594,21 @@ def claim_l2_checkerboard(study: Study) -> Finding:
                    for s in (study.alternating, study.steady))
     shows = here["share"] >= 0.5
     both = int((shows & (there["share"] <= here["share"] / 2)).sum())
-    control = {"heads that do": both, "c near 1": there["share"]}
-    control["amplitude by distance (similar vectors attend to each other)"] = here["by distance"]
-    control["amplitude by source (all rows prefer the same columns)"] = here["by source"]
+    control = {"heads that do": both, "c near 1": there["share"],
+               "amplitude by distance (similar vectors attend to each other)": here["by distance"],
+               "amplitude by source (all rows prefer the same columns)": here["by source"]}
     values = {"c near -1": here["share"].mean(), "c near 1": there["share"].mean()}
     how = verdict(both > n_heads / 2, shows.sum() > n_heads / 2 or both >= 2)
     return Finding(here["share"], how, values, control)
 
 
-def draw_patterns(patterns: Tensor, title: str, labels: Iterable[str]):
-    """The attention patterns of a layer, [n_heads, dest, src], a panel each."""
+def draw_patterns(patterns: Tensor, title: str, scores: Tensor, what: str):
+    """The attention patterns of a layer, [n_heads, dest, src], a panel each, with a score of each."""
     rows = -(-len(patterns) // 4)
     canvas, panels = grid(rows, 4, 10, 0.4 + 2.4 * rows, title, sharex=True, sharey=True, squeeze=False)
-    for head, (axes, pattern, label) in enumerate(zip(panels.flat, patterns, labels)):
+    for head, (axes, pattern, score) in enumerate(zip(panels.flat, patterns, scores)):
         image = heat(axes, pattern)
-        axes.set_title(f"head {head}: {label}")
+        axes.set_title(f"head {head}: {score:.2f} {what}")
     for axes in panels.flat[len(patterns) :]:
         axes.axis("off")
     canvas.supxlabel("source position", fontsize=9)
@@ -656,28 +617,27 @@ def draw_patterns(patterns: Tensor, title: str, labels: Iterable[str]):
     return canvas
 
 
-@figure(3, "layer 0 attention patterns", tasks="any")
-def figure_attention_layer_0(study: Study):
-    pattern = study.activations["blocks.0.attn.hook_pattern"]
-    labels = (f"{score:.2f} to the previous" for score in previous_token_score(pattern))
-    return draw_patterns(pattern.mean(0), f"Layer 0 attention patterns, mean over {study.size:,} sequences",
-                         labels)
-
-
-@figure(4, "layer 1 attention patterns", layers=2, tasks="any")
-def figure_attention_layer_1(study: Study):
-    pattern = study.activations["blocks.1.attn.hook_pattern"]
-    labels = (f"{score:.2f} to the second" for score in second_token_score(pattern))
-    return draw_patterns(pattern.mean(0), f"Layer 1 attention patterns, mean over {study.size:,} sequences",
-                         labels)
+def draw_mean_patterns(study: Study, layer: int, score: Callable, what: str):
+    pattern = study.activations[f"blocks.{layer}.attn.hook_pattern"]
+    title = f"Layer {layer} attention patterns, mean over {study.size:,} sequences"
+    return draw_patterns(pattern.mean(0), title, score(pattern), what)
 
 
 def draw_layer_2(study: Study, sample: data.Sample, c: float, kind: str):
     i, name = pick(sample, c), "blocks.2.attn.hook_pattern"
     pattern = study.record(sample.a[i : i + 1, :-1], name)[name]
-    labels = (f"{share:.2f} alternates" for share in alternation(pattern)["share"])
     title = f"Layer 2 attention patterns on one {kind} sequence, c = {sample.c[i]:.2f}"
-    return draw_patterns(pattern[0], title, labels)
+    return draw_patterns(pattern[0], title, alternation(pattern)["share"], "alternates")
+
+
+@figure(3, "layer 0 attention patterns", tasks="any")
+def figure_attention_layer_0(study: Study):
+    return draw_mean_patterns(study, 0, previous_token_score, "to the previous")
+
+
+@figure(4, "layer 1 attention patterns", layers=2, tasks="any")
+def figure_attention_layer_1(study: Study):
+    return draw_mean_patterns(study, 1, second_token_score, "to the second")
 
 
 @figure(5, "layer 2 attention patterns, alternating sequence", layers=3)
@@ -696,7 +656,7 @@ def figure_attention_example(study: Study):
     pattern = study.record(study.alternating.a[i : i + 1, :8], name)[name]
     head = int(previous_token_score(pattern).argmax())
     canvas, axes = grid(1, 1, 5.4, 4.4, f"An attention pattern: layer 0, head {head}, one sequence")
-    canvas.colorbar(heat(axes, pattern[0, head]), ax=axes, label="attention")
+    heat(axes, pattern[0, head], bar="attention")
     title = "each row sums to 1; nothing above the diagonal"
     axes.set(title=title, xlabel="source position", ylabel="destination position")
     return canvas
@@ -723,8 +683,7 @@ def direct_attribution(model: Transformer, component: Tensor, target: Tensor,
     if scale is None:
         normalised = F.layer_norm(component, ln.w.shape, ln.w, None, ln.eps)
     else:
-        extra = component.dim() - scale.dim()
-        scale = scale.reshape(*scale.shape[:-1], *([1] * extra), 1)
+        scale = scale.reshape(*scale.shape[:2], *[1] * (component.dim() - 2))
         normalised = (component - component.mean(-1, keepdim=True)) / scale * ln.w
     return torch.einsum("bp...d,bpd->bp...", normalised, target @ model.unembed.W_U.T)
 
@@ -735,16 +694,13 @@ def attributions(study: Study, hook: str) -> dict[str, Tensor]:
     ..., pos]}: the paper's reading and the standard one, each to the next vector a_{m+1} and to the step
     a_{m+1} - a_m."""
     a, kept = study.population.a, study.activations
-    targets = {"next": a[:, 1:], "step": a[:, 1:] - a[:, :-1]}
-    scales = {"paper": None, "standard": kept["ln_final.hook_scale"]}
-
-    def mean(scale, target) -> Tensor:
-        each = (direct_attribution(study.model, kept[f"blocks.{l}.{hook}"], target, scale)
-                for l in study.layers)
-        return torch.stack([layer.mean(0) for layer in each]).movedim(1, -1)
-
-    return {f"{name}, {goal}": mean(s, target) for name, s in scales.items()
-            for goal, target in targets.items()}
+    targets, found = {"next": a[:, 1:], "step": a[:, 1:] - a[:, :-1]}, {}
+    for name, scale in {"paper": None, "standard": kept[SCALE]}.items():
+        for goal, target in targets.items():
+            each = (direct_attribution(study.model, kept[f"blocks.{l}.{hook}"], target, scale)
+                    for l in study.layers)
+            found[f"{name}, {goal}"] = torch.stack([layer.mean(0) for layer in each]).movedim(1, -1)
+    return found
 
 
 @claim("direct attribution: layer 0 > 0, layer 1 near 0, layer 2 < 0", "+, 0, -", 7, "dot product", 3,
@@ -754,13 +710,13 @@ def claim_dla_sign(study: Study) -> Finding:
     then the same for a_{m+1} - a_m. Averaged over the heads layer 0 is positive, layer 2 negative and layer 1
     at most a quarter of the largest, for both targets; partly if layer 0 is positive and layer 2 negative for
     both."""
-    found = attributions(study, "attn.hook_result")
-    by_head = {name: value[..., study.task.first :].mean(-1) for name, value in found.items()}
+    by_head = {name: value[..., study.task.first :].mean(-1)
+               for name, value in attributions(study, "attn.hook_result").items()}
     by_layer = {name: value.mean(1) for name, value in by_head.items()}
-    both = [by_layer["paper, next"], by_layer["paper, step"]]
-    signs = all(layers[0] > 0 > layers[2] for layers in both)
-    heads = [by_head["paper, next"].abs().mean(1), by_head["paper, step"].abs().mean(1)]
-    silent = all(layers[1] <= 0.25 * layers.max() for layers in heads)
+    goals = ("paper, next", "paper, step")
+    signs = all(by_layer[goal][0] > 0 > by_layer[goal][2] for goal in goals)
+    sizes = [by_head[goal].abs().mean(1) for goal in goals]
+    silent = all(layers[1] <= 0.25 * layers.max() for layers in sizes)
     values = {f"layer {l}": by_layer["paper, next"][l] for l in study.layers}
     control = {f"{name}, by layer": layers for name, layers in by_layer.items()}
     return Finding(by_head["paper, next"], verdict(signs and silent, signs), values, control)
@@ -770,14 +726,13 @@ def claim_dla_sign(study: Study) -> Finding:
 def figure_head_attribution(study: Study):
     title = "Direct logit attribution of the heads to the next vector"
     canvas, panels = grid(2, 2, 10, 7.5, title, height_ratios=[1, 2.6])
-    found = attributions(study, "attn.hook_result")
+    found, first = attributions(study, "attn.hook_result"), study.task.first
     for (top, bottom), (name, title) in zip(panels.T, READINGS.items()):
-        by_position = found[name]  # [layer, head, pos]
-        mean, rows = by_position[..., study.task.first :].mean(-1), by_position.flatten(0, 1)
-        canvas.colorbar(heat(top, mean, mean.abs().max()), ax=top, label="dot product")
-        top.set(title=f"{title}\nmean over positions {study.task.first} to {MAX_LENGTH - 1}", xlabel="head",
+        mean, rows = found[name][..., first:].mean(-1), found[name].flatten(0, 1)  # [layer.head, pos]
+        heat(top, mean, mean.abs().max(), "dot product")
+        top.set(title=f"{title}\nmean over positions {first} to {MAX_LENGTH - 1}", xlabel="head",
                 ylabel="layer")
-        canvas.colorbar(heat(bottom, rows, rows.abs().max()), ax=bottom, label="dot product")
+        heat(bottom, rows, rows.abs().max(), "dot product")
         bottom.set(title="by position", xlabel="position", ylabel="layer.head")
         bottom.set_yticks(range(len(rows)), [f"{l}.{h}" for l in study.layers for h in study.heads],
                           fontsize=7)
@@ -835,72 +790,59 @@ def copied(study: Study, resid: Tensor) -> tuple[Tensor, Tensor]:
     return resid @ torch.linalg.pinv(model.embed.W_E), written
 
 
-def large_vectors(study: Study) -> Tensor:
-    """Which input vectors of the population have norm at least 1, [batch, pos]."""
-    return study.population.a[:, :-1].norm(dim=-1) >= 1
-
-
 @once
 def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Slope, intercept and R^2 of what the OV circuits of layer 0 make of vectors, a line a vector, {reading:
-    ..}.
+    three tensors [batch, pos]}; nan for data vectors shorter than 1, which after ln1 are mostly position
+    embedding.
 
-    The measured reading, "data vectors", is the points (a_d, (ln1(x) OV W_U)_d) over the data dimensions, for
-    vectors of norm at least 1; after ln1 the others are mostly position embedding.
+    The measured reading, "data vectors", is the points (a_d, (ln1(x) OV W_U)_d) over the data dimensions.
     """
     model, a, resid = study.model, study.population.a[:, :-1], study.activations["blocks.0.hook_resid_pre"]
-    ov, large = ov_circuit(model, 0), large_vectors(study)
-    written, normalised = copied(study, resid)[1], study.activations["blocks.0.ln1.hook_normalized"]
-    mixed = torch.stack([vectors.roll(p, 0) for p, vectors in enumerate(study.population.a.unbind(1))], 1)
-    return {"data vectors": fit_line(a[large], written[large]),
+    written, each = copied(study, resid)[1], full_ov_circuit(model, 0)
+
+    def large(fit: tuple[Tensor, ...], vectors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.where(vectors.norm(dim=-1) >= 1, torch.nan) for part in fit)
+
+    def layer_0_adds(x: Tensor) -> tuple[Tensor, ...]:  # unembedded, against a_{n-1}, for n >= 2
+        stream = study.record(x, "blocks.0.hook_resid_post")["blocks.0.hook_resid_post"]
+        before = x[:, FIRST_POSITION - 1 : -1]
+        return large(fit_line(before, (stream @ model.unembed.W_U)[:, FIRST_POSITION:]), before)
+
+    mixed = torch.stack([vectors.roll(p, 0) for p, vectors in enumerate(a.unbind(1))], 1)
+    by_head = [fit_line(a, study.activations["blocks.0.ln1.hook_normalized"] @ ov @ model.unembed.W_U)
+               for ov in ov_circuit(model, 0)]
+    fits = {"data vectors": large(fit_line(a, written), a),
             "data vectors of any norm": fit_line(a, written),
-            "each head": fit_line(a[large],
-                                  torch.einsum("nd,hdv->hnv", normalised[large], ov @ model.unembed.W_U)),
             "random vectors": fit_line(*copied(study, random_vectors(study))),
-            "weights alone, without ln1 and position": fit_line(a, a @ full_ov_circuit(model, 0).sum(0)),
-            "d_model coordinates, as the paper says": fit_line(resid, resid @ ov.sum(0)),
-            "all of layer 0 against a_n-1": layer_0_adds(study, study.population.a),
-            "the same on vectors of different recurrences": layer_0_adds(study, mixed)}
+            "weights alone, without ln1 and position": fit_line(a, a @ each.sum(0)),
+            "d_model coordinates": fit_line(resid, resid @ ov_circuit(model, 0).sum(0)),
+            "all of layer 0": layer_0_adds(a),
+            "all of layer 0, vectors of different recurrences": layer_0_adds(mixed)}
+    return fits | {f"head {h}": large(fit, a) for h, fit in enumerate(by_head)}
 
 
-def layer_0_adds(study: Study, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Slope, intercept and R^2 of the residual stream after layer 0, unembedded, against a_{n-1}, where that
-    has norm at least 1: a line for each n >= 2 of the sequences a [batch, pos + 1, d_vocab]."""
-    resid = study.record(a[:, :-1], "blocks.0.hook_resid_post")["blocks.0.hook_resid_post"]
-    before = neighbours(a)[2]
-    large = before.norm(dim=-1) >= 1
-    return fit_line(before[large], (resid @ study.model.unembed.W_U)[:, FIRST_POSITION:][large])
-
-
-def ov_control(study: Study, part: int) -> dict:
-    """Medians over vectors of one number of the fits (0 slope, 1 intercept, 2 R^2) in every reading."""
-    fits = ov_fits(study)
-    return {"5%, 50%, 95% of the vectors": percentiles(fits["data vectors"][part]),
-            "each head": fits["each head"][part].median(1).values,
-            **{name: fit[part].median() for name, fit in fits.items() if name != "each head"}}
+def ov_finding(study: Study, part: int, compared: str, rule: Callable[[Tensor], str]) -> Finding:
+    """Of one number of the fits (0 slope, 2 R^2): its median, beside that of the `compared` reading."""
+    medians = {name: fit[part].nanmedian() for name, fit in ov_fits(study).items()}
+    values, measured = ov_fits(study)["data vectors"][part], medians["data vectors"]
+    shown = {"data vectors": measured, compared: medians[compared]}
+    control = {"5%, 50%, 95% of the vectors": quantiles(values)} | medians
+    return Finding(measured, rule(measured), shown, control, interval(values, of=torch.nanmedian))
 
 
 @claim("layer 0 OV is linear on residual stream vectors: R^2", 0.83, 8, "R^2", tasks="any")
 def claim_l0_ov_r2(study: Study) -> Finding:
     """Median over vectors of norm at least 1 of the R^2 of (a_d, (ln1(x) OV W_U)_d), OV summed over heads.
     Nearly linear: at least the paper's value less 0.1; partly if at least 0.5."""
-    r2, control = ov_fits(study)["data vectors"][2], ov_control(study, 2)
-    measured = r2.median()
-    interval = median_interval(r2, large_vectors(study).nonzero()[:, 0], study.generator("r2"))
-    values = {"data vectors": measured,
-              "d_model coordinates": control["d_model coordinates, as the paper says"]}
-    return Finding(measured, verdict(measured >= 0.73, measured >= 0.5), values, control, interval)
+    return ov_finding(study, 2, "d_model coordinates", lambda r2: verdict(r2 >= 0.73, r2 >= 0.5))
 
 
 @claim("its slope", [2.1, 2.5], 8, "slope", tasks="any")
 def claim_l0_ov_slope(study: Study) -> Finding:
     """Median slope over the same vectors. Within 2.1 to 2.5; partly within a factor of two of that."""
-    owners = large_vectors(study).nonzero()[:, 0]
-    slope, control = ov_fits(study)["data vectors"][0], ov_control(study, 0)
-    measured = slope.median()
-    how = verdict(2.1 <= measured <= 2.5, 1.05 <= measured <= 5)
-    values = {"data vectors": measured, "all of layer 0": control["all of layer 0 against a_n-1"]}
-    return Finding(measured, how, values, control, median_interval(slope, owners, study.generator("slope")))
+    return ov_finding(study, 0, "all of layer 0",
+                      lambda slope: verdict(2.1 <= slope <= 2.5, 1.05 <= slope <= 5))
 
 
 @claim("its intercept", "near 0", 8, "intercept / root mean square", tasks="any")
@@ -908,15 +850,13 @@ def claim_l0_ov_intercept(study: Study) -> Finding:
     """Intercepts over the same vectors, relative to the root mean square of (ln1(x) OV W_U)_d. At most a
     tenth in 95% of the vectors; partly if so on average. (In d_model coordinates it is 0 by construction on a
     folded model.)"""
-    owners = large_vectors(study).nonzero()[:, 0]
-    large = large_vectors(study)
-    written = copied(study, study.activations["blocks.0.hook_resid_pre"])[1][large]
-    intercept = ov_fits(study)["data vectors"][1] / written.pow(2).mean().sqrt()
-    measured, widest = intercept.median(), intercept.abs().double().quantile(0.95)
-    values, control = {"median": measured, "95% within": widest}, {"5%, 50%, 95%": percentiles(intercept)}
-    how = verdict(widest <= 0.1, intercept.abs().mean() <= 0.1)
-    return Finding(measured, how, values, control,
-                   median_interval(intercept, owners, study.generator("intercept")))
+    intercept = ov_fits(study)["data vectors"][1]
+    written = copied(study, study.activations["blocks.0.hook_resid_pre"])[1][~intercept.isnan()]
+    intercept = intercept / written.pow(2).mean().sqrt()
+    measured, (widest,) = intercept.nanmedian(), quantiles(intercept.abs(), 0.95)
+    values, control = {"median": measured, "95% within": widest}, {"5%, 50%, 95%": quantiles(intercept)}
+    how = verdict(widest <= 0.1, intercept.abs().nanmean() <= 0.1)
+    return Finding(measured, how, values, control, interval(intercept, of=torch.nanmedian))
 
 
 @claim("the same R^2 on random vectors, lower", 0.598, 10, "R^2", tasks="any")
@@ -924,14 +864,12 @@ def claim_l0_ov_r2_random(study: Study) -> Finding:
     """Median R^2 of (x W_E^+, ln1(x) OV W_U) over Gaussian vectors x in R^d_model. Lower than that of
     residual stream vectors by at least 0.1, and still at least 0.25, a visible correlation; partly if only
     one of the two."""
-    fits = ov_fits(study)
-    r2 = fits["random vectors"][2].flatten()
-    interval = median_interval(r2, torch.arange(len(r2)), study.generator("r2 random"))
-    measured, resid = r2.median(), fits["data vectors"][2].median()
+    r2, resid = (ov_fits(study)[name][2] for name in ("random vectors", "data vectors"))
+    measured, resid = r2.median(), resid.nanmedian()
     lower, visible = resid - measured >= 0.1, measured >= 0.25
-    values, control = ({"random vectors": measured, "residual stream": resid},
-                       {"5%, 50%, 95%": percentiles(r2)})
-    return Finding(measured, verdict(lower and visible, lower or visible), values, control, interval)
+    values, control = {"random vectors": measured, "residual stream": resid}, {"5%, 50%, 95%": quantiles(r2)}
+    how = verdict(lower and visible, lower or visible)
+    return Finding(measured, how, values, control, interval(r2, of=torch.median))
 
 
 @claim("share of the norm of layer 0's OV x outside the span of W_E", 0.8415, 9, "share of the norm",
@@ -943,12 +881,12 @@ def claim_l0_orthogonal(study: Study) -> Finding:
     W_E, resid = study.model.embed.W_E, study.activations["blocks.0.hook_resid_pre"]
     ov, x = ov_circuit(study.model, 0).sum(0), random_vectors(study)
     x = x - x.mean(-1, keepdim=True)  # as all that a folded model writes
-    share, chance = outside_share(resid @ ov, W_E).mean(1), outside_share(x, W_E).mean()
-    measured, interval = share.mean(), bootstrap(share, study.generator("outside"))
+    share, chance = outside_share(resid @ ov, W_E), outside_share(x, W_E).mean()
+    measured, found = share.mean(), interval(share)
     near = abs(measured - 0.8415) <= 0.05
-    control = {"random directions": chance, "OV of random vectors": outside_share(x @ ov, W_E).mean()}
     values = {"OV x": measured, "random direction": chance}
-    return Finding(measured, verdict(near and interval[0] > chance, near), values, control, interval)
+    control = {"OV of random vectors": outside_share(x @ ov, W_E).mean()}
+    return Finding(measured, verdict(near and found[0] > chance, near), values, control, found)
 
 
 def scatter_fit(axes, x: Tensor, y: Tensor, title: str, xlabel: str, ylabel: str):
@@ -966,50 +904,49 @@ def scatter_fit(axes, x: Tensor, y: Tensor, title: str, xlabel: str, ylabel: str
 @figure(8, "OV of layer 0 on residual stream vectors")
 def figure_ov_layer_0_resid(study: Study):
     batch, position = pick(study.population, 1.1), MAX_LENGTH - 1
-    resid, a = (study.activations["blocks.0.hook_resid_pre"][batch, position],
-                study.population.a[batch, position])
+    resid = study.activations["blocks.0.hook_resid_pre"][batch, position]
     canvas, panels = grid(2, 2, 9, 6.6, "OV of layer 0 on residual stream vectors, heads summed")
-    title, names = "one vector, between data vectors", ("$a_d$", "$(\\ln_1(x)\\;OV\\;W_U)_d$")
-    scatter_fit(panels[0, 0], a, copied(study, resid)[1], title, *names)
-    title = "without $\\ln_1$, in the 128 coordinates that the paper names"
-    scatter_fit(panels[0, 1], resid, resid @ ov_circuit(study.model, 0).sum(0), title, "$x_d$",
-                "$(OV\\,x)_d$")
-    slope, _, r2 = ov_fits(study)["data vectors"]
+    scatter_fit(panels[0, 0], study.population.a[batch, position], copied(study, resid)[1],
+                "one vector, between data vectors", "$a_d$", "$(\\ln_1(x)\\;OV\\;W_U)_d$")
+    scatter_fit(panels[0, 1], resid, resid @ ov_circuit(study.model, 0).sum(0),
+                "without $\\ln_1$, in the 128 coordinates that the paper names", "$x_d$", "$(OV\\,x)_d$")
+    slope, _, r2 = (part[~part.isnan()] for part in ov_fits(study)["data vectors"])
     panels[1, 0].hist(slope, bins=60, color=TRUTH)
     panels[1, 0].axvspan(2.1, 2.5, color="0.85", zorder=0, label="paper: 2.1 to 2.5")
-    panels[1, 0].set(title=f"slope, {len(slope):,} vectors of norm at least 1", xlabel="slope",
-                     ylabel="vectors")
+    panels[1, 0].set(title=f"slope, {len(slope):,} vectors of norm at least 1", xlabel="slope")
     panels[1, 1].hist(r2, bins=np.linspace(0, 1, 61), color=TRUTH)
     panels[1, 1].axvline(0.83, color="0.6", ls="--", label="paper: 0.83")
-    panels[1, 1].set(title=f"$R^2$, median {r2.median():.2f}", xlabel="$R^2$ of the line", ylabel="vectors")
-    panels[1, 0].legend(loc="upper right")
-    panels[1, 1].legend(loc="upper left")
+    panels[1, 1].set(title=f"$R^2$, median {r2.median():.2f}", xlabel="$R^2$ of the line")
+    for axes, where in zip(panels[1], ("upper right", "upper left")):
+        axes.set_ylabel("vectors")
+        axes.legend(loc=where)
     return canvas
 
 
 @figure(9, "sum of the OV circuits of layer 0", tasks="any")
 def figure_ov_layer_0_sum(study: Study):
-    resid, full = ov_circuit(study.model, 0).sum(0), full_ov_circuit(study.model, 0).sum(0)
     canvas, panels = grid(1, 2, 10, 4.6, "Sum of the OV circuits over all heads of layer 0")
-    names = (("$W_V W_O$, as in the paper", "residual stream"),
-             ("$W_E W_V W_O W_U$, between data vectors", "data"))
-    for axes, matrix, (title, name) in zip(panels, (resid, full), names):
-        canvas.colorbar(heat(axes, matrix, matrix.abs().max()), ax=axes, label="weight")
-        axes.set(title=f"{title}: cosine with I {identity_cosine(matrix):.2f}")
-        axes.set(xlabel=f"written {name} dimension", ylabel=f"read {name} dimension")
+    shown = (("$W_V W_O$, as in the paper", "residual stream", ov_circuit),
+             ("$W_E W_V W_O W_U$, between data vectors", "data", full_ov_circuit))
+    for axes, (title, name, circuit) in zip(panels, shown):
+        matrix = circuit(study.model, 0).sum(0)
+        heat(axes, matrix, matrix.abs().max(), "weight")
+        axes.set(title=f"{title}: cosine with I {identity_cosine(matrix):.2f}",
+                 xlabel=f"written {name} dimension", ylabel=f"read {name} dimension")
     return canvas
 
 
 @figure(10, "OV of layer 0 on a random vector", tasks="any")
 def figure_ov_layer_0_random(study: Study):
     canvas, panels = grid(1, 2, 10, 3.8, "OV of layer 0 (heads summed) on a random vector")
-    names = ("$(x\\,W_E^+)_d$", "$(\\ln_1(x)\\;OV\\;W_U)_d$")
-    title = "one Gaussian vector, between data coordinates"
-    scatter_fit(panels[0], *copied(study, random_vectors(study)[0, 0]), title, *names)
+    scatter_fit(panels[0], *copied(study, random_vectors(study)[0, 0]),
+                "one Gaussian vector, between data coordinates", "$(x\\,W_E^+)_d$",
+                "$(\\ln_1(x)\\;OV\\;W_U)_d$")
     for name, color, paper in (("random vectors", OTHER, 0.598), ("data vectors", TRUTH, 0.83)):
-        r2 = ov_fits(study)[name][2].flatten()
-        label = f"{name}, median {r2.median():.2f} (paper: {paper})"
-        panels[1].hist(r2, np.linspace(0, 1, 101), density=True, color=color, alpha=0.7, label=label)
+        r2 = ov_fits(study)[name][2]
+        label = f"{name}, median {r2.nanmedian():.2f} (paper: {paper})"
+        panels[1].hist(r2[~r2.isnan()], np.linspace(0, 1, 101), density=True, color=color, alpha=0.7,
+                       label=label)
     panels[1].set(title="all vectors", xlabel="$R^2$ of the line", ylabel="density")
     panels[1].set_ylim(0, panels[1].get_ylim()[1] * 1.3)
     panels[1].legend(loc="upper left")
@@ -1029,36 +966,37 @@ def effective_rank(matrix: Tensor) -> Tensor:
 
 @once
 def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
-    """MSE of each test sequence with all heads, or the MLP, of a layer ablated, {"layer 1 heads": {kind:
-    [size]}}.
+    """MSE of test sequences with a part of the model ablated, {part: {kind: [size] or [FEW]}}. The parts are
+    all heads of a layer, "layer 1 heads", its MLP, "layer 1 MLP", and "head 1.0", FEW sequences for that.
 
     "mean" is at each position, "mean over positions" one vector for all, "zero" leaves b_O (with the folded
     value biases); these two on FEW sequences. "mean, clean scale" gives ln_final the scale it has without the
     ablation; "scale alone" is the unchanged model with only the scale of the mean-ablated one.
     """
-    scale, found = "ln_final.hook_scale", {}
     values = {"mean": interventions.mean_outputs(study.activations),
               "mean over positions": interventions.mean_outputs(study.activations, over_positions=True),
               "zero": interventions.zero_outputs(study.model)}
+    clean, found = study.streams[-1], {}
     for l in study.layers:
-        for what, heads, mlps in (("heads", interventions.layer_heads(study.model, l), []), ("MLP", [], [l])):
-            hooks = {kind: interventions.replace_outputs(value, heads, mlps)
-                     for kind, value in values.items()}
-            kept: dict[str, list[Tensor]] = {scale: []}
-            arms = {kind: study.errors(l, hook, count=FEW) for kind, hook in hooks.items() if kind != "mean"}
-            arms["mean"] = study.errors(l, hooks["mean"], kept=kept)
-            clean, ablated = study.test_activations[scale], torch.cat(kept[scale])
-            arms["mean, clean scale"] = study.errors(l, hooks["mean"], held={scale: clean})
-            arms["scale alone"] = study.errors(len(study.layers), held={scale: ablated})
-            found[f"layer {l} {what}"] = arms
+        heads = interventions.layer_heads(study.model, l)
+        parts = {f"layer {l} heads": (heads, []), f"layer {l} MLP": ([], [l])}
+        for part, chosen in (parts | {f"head {l}.{h}": ([(l, h)], []) for l, h in heads}).items():
+            arms = found[part] = {}
+            for kind, value in values.items():
+                if kind == "mean over positions" and part not in parts:
+                    continue
+                count = study.size if part in parts and kind == "mean" else FEW
+                stream = study.final_stream(l, interventions.replace_outputs(value, *chosen), count)
+                arms[kind] = study.read_out(stream)
+                if kind == "mean":
+                    arms["mean, clean scale"] = study.read_out(stream, clean[:count])
+                    arms["scale alone"] = study.read_out(clean[:count], stream)
     return found
 
 
-def head_ablations(study: Study, values: dict[str, Tensor]) -> Tensor:
-    """MSE with each head's output replaced by `values`, over the unchanged one, [n_layers, n_heads]."""
-    hooks = [[interventions.replace_outputs(values, [(l, h)]) for h in study.heads] for l in study.layers]
-    means = [[study.errors(l, hook, count=FEW).mean() for hook in hooks[l]] for l in study.layers]
-    return torch.tensor(means) / study.baseline[:FEW].mean()
+def factors(study: Study, part: str) -> dict[str, Tensor]:
+    """The MSE under each ablation of a part, relative to the unchanged model on the same sequences."""
+    return {kind: e.mean() / study.baseline[: len(e)].mean() for kind, e in ablations(study)[part].items()}
 
 
 @claim("MSE with all layer 1 heads mean-ablated, from 1e-4", 2e-4, 4, "MSE / unchanged", 2, tasks="any")
@@ -1066,20 +1004,19 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
     """Means at each position over the population, MSE on other sequences. All heads of layer 1 at once
     multiply it by at most 4 (the paper's factor is 2); partly if only in one of the two other readings, every
     head by itself, or all at once with ln_final's scale held at its clean value."""
-    arms, before = ablations(study), study.baseline
-    factors = {name: {kind: e.mean() / before[: len(e)].mean() for kind, e in kinds.items()}
-               for name, kinds in arms.items()}
-    together, held = (factors["layer 1 heads"][kind] for kind in ("mean", "mean, clean scale"))
-    heads = head_ablations(study, interventions.mean_outputs(study.activations))
-    values = {"all heads": together, "clean scale": held, "worst single head": heads[1].max()}
-    values |= {f"layer {l}": factors[f"layer {l} heads"]["mean"] for l in study.layers if l != 1}
-    control = {"unchanged": before.mean(), "all heads": study.compare(arms["layer 1 heads"]["mean"])}
-    control |= {f"factors, {name}": kinds for name, kinds in factors.items()}
-    control["factors, each head, mean"] = heads
-    control["factors, each head, zero"] = head_ablations(study, interventions.zero_outputs(study.model))
-    errors = arms["layer 1 heads"]["mean"]
-    how = verdict(together <= 4, held <= 4 or heads[1].max() <= 4)
-    return Finding(errors.mean(), how, values, control, bootstrap(errors, study.generator("mean ablation")))
+    errors, found = (ablations(study)["layer 1 heads"]["mean"],
+                     {part: factors(study, part) for part in ablations(study)})
+    together, held = (found["layer 1 heads"][kind] for kind in ("mean", "mean, clean scale"))
+    worst = max(found[f"head 1.{h}"]["mean"] for h in study.heads)
+    values = {"all heads": together, "clean scale": held, "worst single head": worst}
+    values |= {f"layer {l}": found[f"layer {l} heads"]["mean"] for l in study.layers if l != 1}
+    control = {"unchanged": study.baseline.mean(), "all heads": study.compare(errors)}
+    control |= {f"factors, {part}": kinds for part, kinds in found.items() if part.startswith("layer")}
+    for kind in ("mean", "zero"):
+        by_head = [[found[f"head {l}.{h}"][kind] for h in study.heads] for l in study.layers]
+        control[f"factors, each head, {kind}"] = by_head
+    return Finding(errors.mean(), verdict(together <= 4, held <= 4 or worst <= 4), values, control,
+                   interval(errors))
 
 
 @claim("OV of layer 1 head 0 has low effective rank", "low", 11, "effective rank", 2, tasks="any")
@@ -1088,13 +1025,10 @@ def claim_l1_ov_effective_rank(study: Study) -> Finding:
     least a tenth less than that and less than the mean of the last layer."""
     ranks = torch.stack([effective_rank(ov_circuit(study.model, l)) for l in study.layers])
     untrained = effective_rank(ov_circuit(study.untrained.model, 1)).mean()
-    s = torch.linalg.svdvals(ov_circuit(study.model, 1)[0])
     measured = ranks[1, 0]
     how = verdict(measured <= 0.5 * untrained, measured <= 0.9 * untrained and measured < ranks[-1].mean())
     values = {"head 0": measured, "layer 1": ranks[1].mean(), "last layer": ranks[-1].mean()}
-    control = {"all heads": ranks, "share of the squared norm in the first direction": s[0] ** 2
-               / (s**2).sum()}
-    return Finding(measured, how, values, control)
+    return Finding(measured, how, values, {"all heads": ranks})
 
 
 def draw_circuit(circuits: Tensor, title: str, xlabel: str, ylabel: str):
@@ -1144,9 +1078,7 @@ def eigenvalue_score(circuit: Tensor) -> Tensor:
 
     For a product of thin factors A B pass B A, which has the same eigenvalues but for zeros.
     """
-    eigenvalues = torch.linalg.eigvals(
-        circuit.double().cpu()
-    )  # faster there than on a GPU for matrices of this size
+    eigenvalues = torch.linalg.eigvals(circuit.double().cpu())  # there matrices of this size are faster
     return (eigenvalues.sum(-1).real / eigenvalues.abs().sum(-1)).float()
 
 
@@ -1164,7 +1096,6 @@ def identity_finding(study: Study, circuit: Callable, full_circuit: Callable, si
     cosines = [identity_cosine(circuit(study.model, l)) for l in study.layers]
     heads, n_heads = int((sign * cosines[2] >= 0.25).sum()), len(study.heads)
     control = {"heads that do": heads, "between data vectors": identity_cosine(full_circuit(study.model, 2))}
-    control |= {"layer 0": cosines[0], "layer 1": cosines[1]}
     values = {f"layer {l}": cosines[l].mean() for l in (2, 1, 0)}
     return Finding(cosines[2], verdict(heads == n_heads, heads > n_heads / 2), values, control)
 
@@ -1207,21 +1138,19 @@ def claim_lens_after_l0(study: Study) -> Finding:
     at least nine tenths of what the best fixed linear predictor from a_n and a_{n-1} explains; partly if,
     multiplied by the best constant, it explains at least half: the right shape in the wrong size."""
     target, after = study.population.a[:, 1:], lens(study, "blocks.0.hook_resid_post")
-    nothing = squared_errors(torch.zeros_like(target), target).mean()
-    explained = lambda prediction: 1 - squared_errors(prediction, target).mean() / nothing
+    nothing, left = (squared_errors(x, target) for x in (torch.zeros_like(target), after))
     coefficients, linear = regress(*neighbours(study.population.a))
     (factor,), rescaled = regress(target[:, FIRST_POSITION:], after[:, FIRST_POSITION:])
-    measured = explained(after)
-    nothing_each = squared_errors(torch.zeros_like(target), target)
-    low, high = ratio_interval(squared_errors(after, target), nothing_each, study.generator("lens"))
+    explained = lambda left, nothing: 1 - ratio(left, nothing)
+    measured, found = explained(left, nothing), interval(left, nothing, of=explained)
     values = {"as it is": measured, "rescaled": rescaled, "best linear": linear}
-    control = {"coefficients of the best linear predictor": coefficients, "the best constant": factor,
-               "repeating the last vector": explained(study.population.a[:, :-1]),
-               "before layer 0": explained(lens(study, "blocks.0.hook_resid_pre")),
-               "after layer 0's attention": explained(lens(study, "blocks.0.hook_resid_mid")),
-               "the model": explained(study.activations["output"])}
-    return Finding(measured, verdict(measured >= 0.9 * linear, rescaled >= 0.5), values, control,
-                   [1 - high, 1 - low])
+    others = {"repeating the last vector": study.population.a[:, :-1],
+              "before layer 0": lens(study, "blocks.0.hook_resid_pre"),
+              "after layer 0's attention": lens(study, "blocks.0.hook_resid_mid"),
+              "the model": study.activations["output"]}
+    control = {"coefficients of the best linear predictor": coefficients, "the best constant": factor}
+    control |= {name: explained(squared_errors(x, target), nothing) for name, x in others.items()}
+    return Finding(measured, verdict(measured >= 0.9 * linear, rescaled >= 0.5), values, control, found)
 
 
 @figure(14, "residual stream after layer 0 against the true output")
@@ -1230,12 +1159,12 @@ def figure_lens_after_layer_0(study: Study):
     canvas, panels = grid(2, 3, 10.5, 5.4, title, sharex=True)
     truth, last, before = neighbours(study.population.a)
     (beta, alpha), _ = regress(truth, last, before)
+    after, output = (x[:, FIRST_POSITION:]
+                     for x in (lens(study, "blocks.0.hook_resid_post"), study.activations["output"]))
     best = f"{beta:.2f} $a_n$ + {alpha:.2f} $a_{{n-1}}$, the best\nfixed linear predictor"
     lines = {"true next vector": (truth, {"color": TRUTH, "marker": "o", "ms": 4}),
-             "after layer 0": (lens(study, "blocks.0.hook_resid_post")[:, FIRST_POSITION:],
-                               {"color": LENS, "marker": "."}),
-             "model's output": (study.activations["output"][:, FIRST_POSITION:],
-                                {"color": MODEL, "ls": "--", "marker": "."}),
+             "after layer 0": (after, {"color": LENS, "marker": "."}),
+             "model's output": (output, {"color": MODEL, "ls": "--", "marker": "."}),
              best: (beta * last + alpha * before, {"color": "0.6", "lw": 1})}
     for column, c in enumerate((-1.0, 0.6, 1.2)):
         i = pick(study.population, c)
@@ -1264,9 +1193,9 @@ def claim_eigenvalue_score(study: Study) -> Finding:
 @figure(15, "OV eigenvalue scores", tasks="any")
 def figure_eigenvalue_scores(study: Study):
     canvas, panels = grid(1, 2, 10, 2.8, "Eigenvalue scores of the OV circuits")
-    both = ov_eigenvalue_scores(study.model), full_eigenvalue_scores(study.model)
-    for axes, scores, title in zip(panels, both,
-                                   ("$W_V W_O$, as in the paper", "$W_E W_V W_O W_U$, the full circuit")):
+    shown = {"$W_V W_O$, as in the paper": ov_eigenvalue_scores(study.model),
+             "$W_E W_V W_O W_U$, the full circuit": full_eigenvalue_scores(study.model)}
+    for axes, (title, scores) in zip(panels, shown.items()):
         image = heat(axes, scores, 1.0)
         axes.set(title=title, xlabel="head", ylabel="layer")
     canvas.colorbar(image, ax=panels, label="score: 1 copies, -1 negates")
@@ -1279,9 +1208,10 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
     unchanged MSE (the paper's 1e-4 stays 1e-4), and attention that knows nothing, uniform or of random W_Q
     and W_K of the trained norm, both do more harm (the interval of the difference is above 0), without which
     the first would say nothing about QK; partly if only one of the two holds."""
-    model, heads = study.model, list(study.heads)[:5]
+    model, everyone = study.model, list(study.heads)
+    heads = everyone[:5]
 
-    def replaced(change: Callable, purpose: str, heads: list[int] = heads) -> Tensor:
+    def replaced(change: Callable, purpose: str, heads: list[int] = heads) -> Tensor:  # [draws, size]
         generator = study.generator(purpose)
         return torch.stack([study.errors(2, model=change(model, 2, heads, generator))
                             for _ in range(QK_DRAWS)])
@@ -1292,17 +1222,16 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
             "uniform": study.errors(2, model=interventions.replace_qk(model, 2, heads, 0.0, 0.0)),
             "random": replaced(interventions.random_qk, "random qk").mean(0),
             "mean ablation": study.errors(2, interventions.replace_outputs(mean, [(2, h) for h in heads]))}
-    gaps = {n: bootstrap(arms[n] - draws.mean(0), study.generator("compare")) for n in ("uniform", "random")}
+    everywhere = replaced(interventions.pseudoinverse_qk, f"pinv {everyone}", everyone)
+    gaps = {name: interval(arms[name] - arms["pseudoinverse"]) for name in ("uniform", "random")}
     control = {name: study.compare(errors) for name, errors in arms.items()}
     values = {name: found["factor"] for name, found in control.items()}
     control |= {f"{name} less pseudoinverse, interval": gap for name, gap in gaps.items()}
-    control["MSE of each draw"] = draws.mean(1)
-    everywhere = replaced(interventions.pseudoinverse_qk, f"pinv {list(study.heads)}", list(study.heads))
-    control["pseudoinverse in all heads"] = study.compare(everywhere.mean(0))
+    control |= {"MSE of each draw": draws.mean(1),
+                "pseudoinverse in all heads": study.compare(everywhere.mean(0))}
     unchanged, telling = values["pseudoinverse"] <= 1.5, all(low > 0 for low, _ in gaps.values())
-    how, interval = (verdict(unchanged and telling, unchanged or telling),
-                     bootstrap(draws.mean(0), study.generator("pinv")))
-    return Finding(draws.mean(), how, values, control, interval)
+    how = verdict(unchanged and telling, unchanged or telling)
+    return Finding(draws.mean(), how, values, control, interval(arms["pseudoinverse"]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1315,21 +1244,20 @@ def claim_mlp_dla(study: Study) -> Finding:
     """[layer][position], ln_final on the MLP's output alone, target a_{m+1}. Summed over layers positive at
     positions 11, 12 and 13 and there on average more than twice as large as at positions 2 to 10; partly if
     positive and larger."""
-    found = attributions(study, "hook_mlp_out")
-    total = found["paper, next"].sum(0)
-    late, early = total[-3:].mean(), total[study.task.first : -3].mean()
+    found, first = attributions(study, "hook_mlp_out"), study.task.first
+    total, length = found["paper, next"].sum(0), study.population.a[:, 1:].norm(dim=-1).mean(0)
+    late, early = total[-3:].mean(), total[first:-3].mean()
     values = {"positions 11-13": late, "positions 2-10": early}
-    control = {"standard reading, by layer": found["standard, next"][:, study.task.first :].mean(1)}
-    length = study.population.a[:, 1:].norm(dim=-1).mean(0)
-    control["length of the targets, late / early"] = length[-3:].mean() / length[study.task.first : -3].mean()
+    control = {"standard reading, by layer": found["standard, next"][:, first:].mean(1),
+               "length of the targets, late / early": length[-3:].mean() / length[first:-3].mean()}
     how = verdict(total[-3:].min() > 0 and late > 2 * early, late > 0 and late > early)
     return Finding(found["paper, next"], how, values, control)
 
 
 @figure(16, "direct logit attribution of the MLPs", tasks="any")
 def figure_mlp_attribution(study: Study):
-    canvas, panels = grid(1, 2, 10, 3.8,
-                          "Direct logit attribution of the MLPs to the next vector, by position")
+    title = "Direct logit attribution of the MLPs to the next vector, by position"
+    canvas, panels = grid(1, 2, 10, 3.8, title)
     mlps, heads = attributions(study, "hook_mlp_out"), attributions(study, "attn.hook_result")
     for axes, (name, title) in zip(panels, READINGS.items()):
         for layer, values in enumerate(mlps[name]):
@@ -1339,8 +1267,7 @@ def figure_mlp_attribution(study: Study):
         axes.axhline(0, color="0.8", zorder=0)
         axes.axvspan(-0.5, study.task.first - 0.5, color="0.95", zorder=0)
         axes.set(title=title, xlabel="position (grey: the next vector cannot be known yet)",
-                 ylabel="dot product")
-        axes.set_xlim(-0.5, MAX_LENGTH - 0.5)
+                 ylabel="dot product", xlim=(-0.5, MAX_LENGTH - 0.5))
         axes.legend()
     return canvas
 
@@ -1363,19 +1290,18 @@ def claim_alpha(study: Study) -> Finding:
         held_r2 = 1 - ((y - a_n - held * before) ** 2).sum() / (y**2).sum()
         return {"a_n": beta, "a_n-1": alpha, "R2": r2, "alpha, a_n at 1": held, "R2, a_n at 1": held_r2}
 
-    y = lens(study, "blocks.0.hook_resid_post")[:, FIRST_POSITION:]
+    y, middle = (lens(study, f"blocks.0.hook_resid_{when}")[:, FIRST_POSITION:] for when in ("post", "mid"))
+    unscaled = study.activations["blocks.0.hook_resid_post"][:, FIRST_POSITION:] @ study.model.unembed.W_U
     after = fits(y)
-    crossed, squared = ((y - a_n) * before).sum((1, 2)), (before**2).sum((1, 2))
-    measured = after["alpha, a_n at 1"]
-    as_claimed = 2.1 <= measured <= 2.5 and after["R2, a_n at 1"] >= 0.5 and 0.5 <= after["a_n"] <= 1.5
-    how = verdict(as_claimed, after["a_n-1"] > 0 and after["R2"] >= 0.5)
+    measured, r2 = after["alpha, a_n at 1"], after["R2, a_n at 1"]
+    how = verdict(2.1 <= measured <= 2.5 and r2 >= 0.5 and 0.5 <= after["a_n"] <= 1.5,
+                  after["a_n-1"] > 0 and after["R2"] >= 0.5)
     values = {"alpha": measured, "free: a_n": after["a_n"], "free: a_n-1": after["a_n-1"]}
-    control = {"after layer 0": after,
-               "after layer 0's attention": fits(lens(study, "blocks.0.hook_resid_mid")[:, FIRST_POSITION:]),
-               "without ln_final": fits((study.activations["blocks.0.hook_resid_post"]
-                                         @ study.model.unembed.W_U)[:, 2:]),
+    control = {"after layer 0": after, "after layer 0's attention": fits(middle),
+               "without ln_final": fits(unscaled),
                "the true next vector: the best fixed linear predictor": fits(truth)}
-    return Finding(measured, how, values, control, ratio_interval(crossed, squared, study.generator("alpha")))
+    found = interval(((y - a_n) * before).sum((1, 2)), (before**2).sum((1, 2)), of=ratio)
+    return Finding(measured, how, values, control, found)
 
 
 @figure(17, "before and after layer 0, a_n + 2.3 a_{n-1}, and the truth")
@@ -1386,11 +1312,12 @@ def figure_estimate(study: Study):
     title = f"What layer 0 does to one alternating sequence: c = {study.population.c[i]:.2f}, dimension 0"
     canvas, axes = grid(1, 1, 8, 4, title)
     before, after = (lens(study, f"blocks.0.hook_resid_{when}")[i, 1:, 0] for when in ("pre", "post"))
-    axes.plot(n, before, color="goldenrod", marker=".", label="before layer 0, unembedded")
-    axes.plot(n, after, color="purple", marker=".", label="after layer 0, unembedded")
-    axes.plot(n, a[1:-1] + 2.3 * a[:-2], color=OTHER, marker=".",
-              label="$a_n + 2.3\\,a_{n-1}$ (the paper's $\\alpha$)")
-    axes.plot(n, a[2:], color=TRUTH, marker="o", ms=4, label="$a_{n+1}$, the truth")
+    estimate = a[1:-1] + 2.3 * a[:-2]
+    for y, color, label in ((before, "goldenrod", "before layer 0, unembedded"),
+                            (after, "purple", "after layer 0, unembedded"),
+                            (estimate, OTHER, "$a_n + 2.3\\,a_{n-1}$ (the paper's $\\alpha$)"),
+                            (a[2:], TRUTH, "$a_{n+1}$, the truth")):
+        axes.plot(n, y, color=color, marker=".", label=label)
     axes.axhline(0, color="0.9", zorder=0)
     axes.set(xlabel="position n", ylabel="component")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -1406,8 +1333,7 @@ def figure_estimate(study: Study):
 # moves by w_s v.
 
 SIZES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2, 1.35, 1.5, 1.65, 1.8, 2.0)  # |c| at which weights are read
-PER_C = 5  # sequences for each c
-WHOLE = 40  # and where none is chosen
+TAKEN_AT = (1.2, 1.5, 1.8)  # and at which each component's are
 KINDS = ("recurrence", "interleaved", "two fixed points", "two growths")  # of `data.interleaved`
 
 
@@ -1456,7 +1382,12 @@ def read_weights(study: Study, c: float | None = None, length: int = MAX_LENGTH,
     w, output = (one + other) / 2, study.exact(x)[:, first:]
     left = output - torch.einsum("bns,bsv->bnv", w, x)[:, first:]
     spread = ((one - other).pow(2).mean() / 2 / w.pow(2).mean()).sqrt()
-    return Weights(sample, w, spread.item(), 1 - (left.pow(2).sum() / output.pow(2).sum()).item())
+    return Weights(sample, w, spread.item(), 1 - ratio(left.pow(2), output.pow(2)).item())
+
+
+def weights_by_c(study: Study) -> dict[float, Weights]:
+    """Source weights for every c in +-SIZES."""
+    return {sign * size: read_weights(study, sign * size) for size in SIZES for sign in (-1, 1)}
 
 
 def strides(w: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -1475,20 +1406,20 @@ def strides(w: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor]:
 def claim_source_weights(study: Study) -> Finding:
     """1 - |output - sum_s w_s a_s|^2 / |output|^2 over positions 2 to 13, by |c|, mean over both signs. At
     least 0.95 at every |c| up to 1.5; partly at least 0.8."""
-    explained = torch.tensor([[study.weights[sign * size].explained for sign in (1, -1)]
-                              for size in SIZES]).mean(1)
+    found = weights_by_c(study)
+    explained = torch.tensor([[found[sign * size].explained for sign in (1, -1)] for size in SIZES]).mean(1)
     usual = explained[torch.tensor(SIZES) <= 1.5]
     values = {"mean, |c| up to 1.5": usual.mean(), "lowest": usual.min()}
-    spread = np.mean([weights.spread for weights in study.weights.values()])
+    spread = np.mean([weights.spread for weights in found.values()])
     control = {"|c|": SIZES, "how far w differs between directions v, relative": spread}
     return Finding(explained, verdict(usual.min() >= 0.95, usual.min() >= 0.8), values, control)
 
 
-def strong_strides(study: Study) -> tuple[dict[float, Tensor], Tensor, Tensor]:
-    """Source weights where |c| is 0.9 to 2, {c: w}, and A / c^2 and B / c of each, [c, dest]."""
-    chosen = {c: found.w for c, found in study.weights.items() if abs(c) >= 0.9}
-    A, B = (torch.stack([strides(w, c)[i].mean(0) for c, w in chosen.items()]) for i in (0, 1))
-    return chosen, A, B
+def strong_strides(study: Study) -> tuple[Tensor, Tensor, Tensor]:
+    """Where |c| is 0.9 to 2: A / c^2, B / c and the sum of all weights, [sequence, c, dest] each."""
+    found = {c: weights.w for c, weights in weights_by_c(study).items() if abs(c) >= 0.9}
+    parts = [(*strides(w, c), w.sum(-1)) for c, w in found.items()]
+    return tuple(torch.stack(part, 1) for part in zip(*parts))
 
 
 @claim("two steps at once: A is c^2 and B is 0 for |c| from 0.9 to 2", None, 22, "share of a_{n+1} - a*")
@@ -1496,18 +1427,18 @@ def claim_two_steps(study: Study) -> Finding:
     """A / c^2 and B / c (see `strides`), mean over |c| from 0.9 to 2, both signs and positions 5 to 13. A /
     c^2 differs from 1 on average, in absolute value, by at most 0.15 and B / c from 0 too; partly if at most
     0.3 each. A one-step rule has 0 and 1."""
-    chosen, A, B = strong_strides(study)
+    each = strong_strides(study)
+    A, B, total = (part.mean(0) for part in each)  # [c, dest]
     off_A, off_B = (A[:, 5:] - 1).abs().mean(), B[:, 5:].abs().mean()
-    control = {"mean |A / c^2 - 1|": off_A, "mean |B / c|": off_B}
-    control |= {"A / c^2, position 2 to 13": A[:, 2:].mean(0), "B / c, position 2 to 13": B[:, 2:].mean(0)}
-    control["sum of all weights"] = torch.stack([w.sum(-1).mean(0) for w in chosen.values()])[:, 5:].mean()
+    values, worst = {"A / c^2": A[:, 5:].mean(), "B / c": B[:, 5:].mean()}, max(off_A, off_B)
+    control = {"mean |A / c^2 - 1|": off_A, "mean |B / c|": off_B,
+               "A / c^2, position 2 to 13": A[:, 2:].mean(0), "B / c, position 2 to 13": B[:, 2:].mean(0),
+               "sum of all weights": total[:, 5:].mean()}
     for length in (4, 6, 14):
         short = [strides(read_weights(study, c, length).w, c)[0][:, 3].mean() for c in (1.5, -1.5)]
         control[f"A / c^2 at position 3 of {length} inputs, c = 1.5 and -1.5"] = short
-    worst, values = max(off_A, off_B), {"A / c^2": A[:, 5:].mean(), "B / c": B[:, 5:].mean()}
-    each = torch.stack([strides(w, c)[0][:, 5:].mean(1) for c, w in chosen.items()])  # [c, sequence]
-    how, interval = verdict(worst <= 0.15, worst <= 0.3), bootstrap(each, study.generator("two steps"))
-    return Finding(values["A / c^2"], how, values, control, interval)
+    how = verdict(worst <= 0.15, worst <= 0.3)
+    return Finding(values["A / c^2"], how, values, control, interval(each[0][..., 5:]))
 
 
 @claim("the weights for c and -c are the same: the model uses |c|, not c", None, 22, "ratio")
@@ -1516,48 +1447,54 @@ def claim_blind_to_sign(study: Study) -> Finding:
     mean over |c|, both as root mean squares over |c|, positions 3 to 13 and sources, where the weights
     explain the output (`source_weights` at least partly). At most a quarter; partly at most a half. A
     one-step rule, w_n = 1 + c and w_{n-1} = -c, has no part that is even but the constant."""
-    w = {sign: torch.stack([study.weights[sign * size].w[:, 3:] for size in SIZES]) for sign in (1, -1)}
+    found = weights_by_c(study)
+    w = [torch.stack([found[sign * size].w[:, 3:] for size in SIZES], 1) for sign in (1, -1)]
 
-    def parts(picks: Tensor) -> tuple[Tensor, Tensor]:  # root mean squares, [|c|] and []
-        plus, minus = (w[sign][:, picks].mean(1) for sign in (1, -1))  # [|c|, dest, src]
-        even = (plus + minus) / 2
-        odd = ((plus - minus) / 2).pow(2).mean((1, 2)).sqrt()
-        return odd, (even - even.mean(0)).pow(2).mean().sqrt()
+    def by_c(plus: Tensor, minus: Tensor) -> Tensor:  # [sequence, |c|, dest, src] -> [|c|]
+        even, odd = (plus + minus).mean(0) / 2, (plus - minus).mean(0) / 2
+        return odd.pow(2).mean((1, 2)).sqrt() / (even - even.mean(0)).pow(2).mean().sqrt()
 
-    def ratio(picks: Tensor) -> Tensor:
-        odd, by_size = parts(picks)
-        return odd.pow(2).mean().sqrt() / by_size
-
-    everyone = torch.arange(w[1].shape[1])
-    odd, by_size = parts(everyone)
-    measured, explains = (ratio(everyone),
-                          min(f.explained for c, f in study.weights.items() if abs(c) <= 1.5) >= 0.8)
+    whole = lambda *w: by_c(*w).pow(2).mean().sqrt()
+    measured, explains = whole(*w), min(f.explained for c, f in found.items() if abs(c) <= 1.5) >= 0.8
     how = verdict(measured <= 0.25 and explains, measured <= 0.5 and explains)
-    interval = resampled(ratio, len(everyone), study.generator("blind"))
-    return Finding(measured, how, {"ratio": measured}, {"|c|": SIZES, "by |c|": odd / by_size}, interval)
+    control = {"|c|": SIZES, "by |c|": by_c(*w)}
+    return Finding(measured, how, {"ratio": measured}, control, interval(*w, of=whole))
 
 
 @figure(22, "the weight of each source against c (ours)")
 def figure_source_weights(study: Study):
     title = "What the model computes: the prediction at n is $\\Sigma_s\\,w_s\\,a_s$"
     canvas, panels = grid(1, 2, 10.5, 4.6, title, sharey=True)
-    cs = sorted(study.weights)
+    found = weights_by_c(study)
+    cs = sorted(found)
     squares = torch.tensor(cs) ** 2
     for axes, n in zip(panels, (6, 10)):
-        w = torch.stack([study.weights[c].w.mean(0)[n, : n + 1] for c in cs])  # [c, src]
+        w = torch.stack([found[c].w.mean(0)[n, : n + 1] for c in cs])  # [c, src]
         axes.plot(cs, squares, color="black", ls="--", lw=1, label="two-step rule: $c^2$ on $a_{n-1}$")
         axes.plot(cs, 1 - squares, color="black", ls=":", lw=1, label="and $1 - c^2$ on the rest together")
         axes.plot(cs, w[:, n - 1], color=MODEL, marker=".", lw=2, label="$a_{n-1}$")
         axes.plot(cs, w.sum(1) - w[:, n - 1], color=LENS, marker=".", lw=2, label="all others together")
         axes.plot(cs, w[:, n], color=TRUTH, marker=".", label="$a_n$")
         for s in range(n - 1):
-            color = plt.get_cmap("viridis")(s / (n - 1))
-            axes.plot(cs, w[:, s], color=color, lw=0.8, label=("$a_0$", "$a_{n-2}$")[s > 0] if s in (0, n - 2)
-                      else None)
+            label = {0: "$a_0$", n - 2: "$a_{n-2}$"}.get(s)
+            axes.plot(cs, w[:, s], color=plt.get_cmap("viridis")(s / (n - 1)), lw=0.8, label=label)
         axes.axhline(0, color="0.8", zorder=0)
         axes.set(title=f"position n = {n}", xlabel="c")
     panels[0].set_ylabel("weight $w_s$")
     canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return canvas
+
+
+@figure(27, "how large the weight of each source is (ours)", tasks="rotating")
+def figure_weight_sizes(study: Study):
+    weights = read_weights(study, None, MAX_LENGTH, WHOLE // 3)
+    title = f"which explain {weights.explained:.1%} of the output"
+    canvas, panels = grid(1, 2, 10, 4.2, f"Source weights of {study.task_name} sequences, {title}")
+    size, mean = weights.w.pow(2).mean(0).sqrt(), weights.w.mean(0)
+    limit = size[study.task.first :].max().item()  # the rows above it are of vectors that cannot be known yet
+    for axes, matrix, name in zip(panels, (size, mean), ("root mean square", "mean")):
+        heat(axes, matrix, limit, "weight $w_s$")
+        axes.set(title=f"{name} over {len(weights.w)} sequences", xlabel="source s", ylabel="position n")
     return canvas
 
 
@@ -1568,9 +1505,9 @@ def component_weights(study: Study, c: float) -> tuple[list[str], Tensor, Tensor
     Returns the components' names, their weights [2 sequences, dest, src, component] and those of the output,
     [2, dest, src], to which they add up as far as the weights do not depend on the scale.
     """
-    model, whole = study.exact, read_weights(study, c)
-    x, kept = whole.sample.a[:2, :-1], {}
-    model(x, hooks=interventions.record(["ln_final.hook_scale"], kept))
+    model, whole, kept = study.exact, read_weights(study, c), {}
+    x = whole.sample.a[:2, :-1]
+    model(x, hooks=interventions.record([SCALE], kept))
     hooks, names = ["hook_embed"], ["embedding"]
     for l in study.layers:
         hooks += [f"blocks.{l}.attn.hook_result", f"blocks.{l}.hook_mlp_out"]
@@ -1580,13 +1517,10 @@ def component_weights(study: Study, c: float) -> tuple[list[str], Tensor, Tensor
         written: dict[str, Tensor] = {}
         model(x, hooks=interventions.record(hooks, written))
         parts = [value if value.dim() == 4 else value[:, :, None] for value in written.values()]
-        return torch.cat(parts, 2) / kept["ln_final.hook_scale"][:, :, None] @ model.unembed.W_U
+        return torch.cat(parts, 2) / kept[SCALE][:, :, None] @ model.unembed.W_U
 
     v = off_plane(x, study.generator(f"components {c}"), 1)[0]
     return names, source_weights(contributions, x, v), whole.w[:2]
-
-
-TAKEN_AT = (1.2, 1.5, 1.8)  # |c|
 
 
 @once
@@ -1594,16 +1528,15 @@ def factors_by_component(study: Study) -> dict[str, tuple[Tensor, Tensor]]:
     """What the heads of each layer, and everything else, do to a* and to the growing part of a sequence,
     {component: (factors on a*, shares of the growing part)}, each [|c| in TAKEN_AT], mean over both signs and
     positions 5 to 13: the sum of the component's weights, and A / c^2 + B / c of them alone."""
-    names = [f"heads of layer {l}" for l in study.layers] + ["MLPs and embedding"]
-    found = []
-    for c in (sign * size for size in TAKEN_AT for sign in (1, -1)):
-        parts, w, _ = component_weights(study, c)
-        groups = [torch.tensor([part.startswith(f"head {l}.") for part in parts]) for l in study.layers]
-        groups.append(~torch.stack(groups).any(0))
-        w = torch.stack([w[..., group].sum(-1) for group in groups])  # [group, sequence, dest, src]
-        found.append(torch.stack([w.sum(-1), sum(strides(w, c))])[..., 5:].mean((2, 3)))
-    means = torch.stack(found).unflatten(0, (-1, 2)).mean(1).movedim(0, -1)  # [2, group, |c|]
-    return dict(zip(names, means.unbind(1)))
+    groups = [f"heads of layer {l}" for l in study.layers] + ["MLPs and embedding"]
+    found = torch.zeros(2, len(groups), len(TAKEN_AT), dtype=torch.double)
+    for i, c in enumerate(sign * size for size in TAKEN_AT for sign in (1, -1)):
+        names, w, _ = component_weights(study, c)
+        for name, part in zip(names, w.unbind(-1)):  # [sequence, dest, src]
+            group = int(name[5 : name.index(".")]) if name.startswith("head") else -1
+            for of, change in enumerate((part.sum(-1), sum(strides(part, c)))):
+                found[of, group, i // 2] += change[:, 5:].mean() / 2
+    return dict(zip(groups, zip(*found)))
 
 
 @claim("layer 2's heads take off what is too much of the fixed point", None, 23, "factor on a*", 3)
@@ -1651,49 +1584,42 @@ def claim_gain_control(study: Study) -> Finding:
     given its clean scale, one number a position; "comes back" the share that the scale of the ablated model
     alone does to an unchanged one. For layer 1's heads goes at least 0.8 and comes back at least 0.5, and for
     those of layers 0 and 2 both are below 0.5; partly if so for layer 1 only."""
-    before, arms = study.baseline.mean(), ablations(study)
-    damage = {name: each["mean"].mean() - before for name, each in arms.items()}
-    goes = {name: 1 - (each["mean, clean scale"].mean() - before) / damage[name]
-            for name, each in arms.items()}
-    back = {name: (each["scale alone"].mean() - before) / damage[name] for name, each in arms.items()}
-    others = [share[f"layer {l} heads"] for share in (goes, back) for l in study.layers if l != 1]
-    gain = goes["layer 1 heads"] >= 0.8 and back["layer 1 heads"] >= 0.5
-    left, whole = (arms["layer 1 heads"][kind] - study.baseline for kind in ("mean, clean scale", "mean"))
-    low, high = ratio_interval(left, whole, study.generator("gain"))
-    values = {"layer 1: goes": goes["layer 1 heads"], "comes back": back["layer 1 heads"]}
-    values |= {f"layer {l}: goes": goes[f"layer {l} heads"] for l in (0, 2)}
-    control = {f"{name}: goes, comes back": [goes[name], back[name]] for name in arms}
-    scale, clean = "ln_final.hook_scale", study.test_activations["ln_final.hook_scale"]
-    means, single = interventions.mean_outputs(study.activations), []
-    for head in interventions.layer_heads(study.model, 1):
-        hooks = interventions.replace_outputs(means, [head])
-        arm, held = (study.errors(1, hooks, held=h, count=FEW).mean() for h in (None, {scale: clean}))
-        usual = study.baseline[:FEW].mean()
-        single.append(1 - (held - usual) / (arm - usual))
-    control["each head of layer 1: goes"] = single
-    how = verdict(gain and max(others) < 0.5, gain)
-    return Finding(goes["layer 1 heads"], how, values, control, [1 - high, 1 - low])
+    shares = {}  # {part: (goes, comes back)}
+    for part in ablations(study):
+        arms = factors(study, part)
+        damage, held, alone = (arms[kind] - 1 for kind in ("mean", "mean, clean scale", "scale alone"))
+        shares[part] = (1 - held / damage, alone / damage)
+    goes, back = shares["layer 1 heads"]
+    gain, others = goes >= 0.8 and back >= 0.5, [max(shares[f"layer {l} heads"]) for l in (0, 2)]
+    values = {"layer 1: goes": goes, "comes back": back}
+    values |= {f"layer {l}: goes": shares[f"layer {l} heads"][0] for l in (0, 2)}
+    control = {f"{part}: goes, comes back": both for part, both in shares.items() if part[0] == "l"}
+    control["each head of layer 1: goes"] = [shares[f"head 1.{h}"][0] for h in study.heads]
+    arms = ablations(study)["layer 1 heads"]
+    left, damage = (arms[kind] - study.baseline for kind in ("mean, clean scale", "mean"))
+    found = interval(left, damage, of=lambda left, damage: 1 - ratio(left, damage))
+    return Finding(goes, verdict(gain and max(others) < 0.5, gain), values, control, found)
 
 
 @figure(24, "layer 1 as a gain control (ours)", layers=2)
 def figure_gain(study: Study):
-    arms, target = ablations(study)["layer 1 heads"], study.test.a[:, 1:]
+    arms, target, c = ablations(study)["layer 1 heads"], study.test.a[:, 1:], study.test.c
     shown = {"clean": (study.baseline, {"color": "black"}),
              "layer 1's heads mean-ablated": (arms["mean"], {"color": LENS}),
              "the same, ln_final with its clean scale": (arms["mean, clean scale"], {"color": OTHER}),
              "clean, ln_final with the ablated scale": (arms["scale alone"], {"color": MODEL, "ls": "--"})}
     title = "Layer 1 is a gain control: what it does goes through one number a position"
     canvas, panels = grid(1, 2, 10.5, 4.2, title)
-    c, power = study.test.c, by_size(study.test.c, squared_errors(torch.zeros_like(target), target))
+    power = by_size(c, squared_errors(torch.zeros_like(target), target))
     for label, (errors, line) in shown.items():
         panels[0].semilogy(SIZE_RANGES, by_size(c, errors) / power, marker=".", label=label, **line)
     panels[0].set(title="the damage, and what mends it", xlabel="|c|",
                   ylabel="unexplained share of the next vector")
     panels[0].legend(fontsize=7)
-    scale = by_size(c, study.test_activations["ln_final.hook_scale"][..., 0])  # [8, pos]
+    scale = by_size(study.population.c, study.activations[SCALE][..., 0])  # [8, pos]
     for n, color in zip((3, 6, 9, 12), plt.get_cmap("viridis")(np.linspace(0, 0.85, 4))):
         panels[1].plot(SIZE_RANGES, scale[:, n], marker=".", color=color, label=f"position {n}")
-    panels[1].set(title="what the residual stream is divided by", xlabel="|c|", ylabel="ln_final.hook_scale")
+    panels[1].set(title="what the residual stream is divided by", xlabel="|c|", ylabel=SCALE)
     panels[1].set_ylim(0, None)
     panels[1].legend()
     return canvas
@@ -1716,23 +1642,24 @@ def claim_one_knob(study: Study) -> Finding:
     without that number by at least 10, and with one number only for layers 0 and 2 it grows by more than 2;
     partly if it grows by at most 4 and is at least 5 times as large without that number."""
     arms, control, span = {}, {}, torch.linalg.qr(study.model.unembed.W_U).Q
-    changes = {"kept": interventions.keep_directions, "removed": interventions.remove_directions}
     for l in study.layers:
         name, (mean, directions, shares) = f"blocks.{l}.hook_attn_out", main_directions(study, l, 3)
         for k in (1, 2, 3) if l == 1 else (1,):
-            for what, change in changes.items():
-                hook = change(name, mean, directions[:k])
-                arms[f"layer {l}: {k} {what}"] = study.errors(l, hook, count=None if l == 1 else FEW)
+            count, these = study.size if l == k == 1 else FEW, (name, mean, directions[:k])
+            for what, change in (("kept", interventions.keep_directions),
+                                 ("removed", interventions.remove_directions)):
+                arms[f"layer {l}: {k} {what}"] = study.errors(l, change(*these), count)
         control[f"layer {l}: share of the variance along each"] = shares
         control[f"layer {l}: cosine of the first with what W_U reads"] = (directions[0] @ span).norm()
     control["that cosine by chance"] = (study.model.config.d_vocab / study.model.config.d_model) ** 0.5
-    factors = {name: errors.mean() / study.baseline[: len(errors)].mean() for name, errors in arms.items()}
-    one, without = factors["layer 1: 1 kept"], factors["layer 1: 1 removed"]
-    others = {name: factors[name] for name in ("layer 0: 1 kept", "layer 2: 1 kept")}
-    how = verdict(one <= 2 and without >= 10 and min(others.values()) > 2, one <= 4 and without >= 5 * one)
-    interval = ratio_interval(arms["layer 1: 1 kept"], study.baseline, study.generator("one knob"))
-    values = {"layer 1: 1 kept": one, "1 removed": without, **others}
-    return Finding(one, how, values, factors | control, interval)
+    grown = {name: ratio(errors, study.baseline[: len(errors)]) for name, errors in arms.items()}
+    one, without, *others = (grown[f"layer {name}"] for name in ("1: 1 kept", "1: 1 removed", "0: 1 kept",
+                                                                "2: 1 kept"))
+    how = verdict(one <= 2 and without >= 10 and min(others) > 2, one <= 4 and without >= 5 * one)
+    values = {"layer 1: 1 kept": one, "1 removed": without, "layer 0: 1 kept": others[0],
+              "layer 2: 1 kept": others[1]}
+    found = interval(arms["layer 1: 1 kept"], study.baseline, of=ratio)
+    return Finding(one, how, values, grown | control, found)
 
 
 @once
@@ -1754,7 +1681,7 @@ def interleaved_errors(study: Study, low: float, high: float) -> dict[str, dict[
 
 def unexplained(errors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
     """The same as shares of what predicting 0 leaves."""
-    return {kind: {name: (e.sum() / each["zero"].sum()).item() for name, e in each.items() if name != "zero"}
+    return {kind: {name: ratio(e, each["zero"]).item() for name, e in each.items() if name != "zero"}
             for kind, each in errors.items()}
 
 
@@ -1773,9 +1700,9 @@ def claim_interleaved(study: Study) -> Finding:
     values |= {name: rivals[name] for name in ("affine solver", "fixed multiple")}
     control = {f"|c| 1.2 to 2, {kind}": shares for kind, shares in found.items()}
     control |= {f"|c| 0.9 to 1.2, {kind}": shares for kind, shares in near_1.items()}
-    each = errors["interleaved"]
-    interval = ratio_interval(each["model"], each["zero"], study.generator("interleaved"))
-    return Finding(model["interleaved"], verdict(follows and fails, follows), values, control, interval)
+    how, each = verdict(follows and fails, follows), errors["interleaved"]
+    found = interval(each["model"], each["zero"], of=ratio)
+    return Finding(model["interleaved"], how, values, control, found)
 
 
 @claim("where the two-step rule errs the model errs alike", None, 21, "share of the model's squared error")
@@ -1789,11 +1716,10 @@ def claim_rule_errors(study: Study) -> Finding:
     c = data.uniform(g, 1.2, 2, count) * (1 - 2 * (torch.arange(count) % 2))
     noise = 0.01 * torch.randn(a.shape, generator=g)
     noise[:, -1] = 0  # the last vector is the target
-    shown = {"recurrences": a, f"of {longest} inputs": study.sample(count, longest, g).a}
-    shown |= {"half as large": a / 2, "twice as large": 2 * a, "noise": a + noise}
-    shown |= data.interleaved(MAX_LENGTH, c, g, study.model.config.d_vocab)
+    shown = {"recurrences": a, f"of {longest} inputs": study.sample(count, longest, g).a,
+             "half as large": a / 2, "twice as large": 2 * a, "noise": a + noise}
     shares, control = {}, {}
-    for name, x in shown.items():
+    for name, x in (shown | data.interleaved(MAX_LENGTH, c, g, study.model.config.d_vocab)).items():
         target, found = predictions(study, x)
         found["truth"], part = target, slice(-1 if name == "noise" else 4 - study.task.first, None)
         between = lambda one, other: (found[one] - found[other])[:, part].pow(2).sum()
@@ -1809,26 +1735,25 @@ def claim_rule_errors(study: Study) -> Finding:
 
 @figure(25, "interleaved sequences (ours)")
 def figure_interleaved(study: Study):
-    canvas, panels = grid(1, 2, 10.5, 4.2,
-                          "Interleaved sequences: two recurrences with one fixed point and one $c^2$")
-    c, n = torch.tensor([-1.25]), range(FIRST_POSITION, MAX_LENGTH)
-    g, d_vocab = study.generator("interleaved example"), study.model.config.d_vocab
-    a = data.interleaved(MAX_LENGTH, c, g, d_vocab)["interleaved"]
+    title = "Interleaved sequences: two recurrences with one fixed point and one $c^2$"
+    canvas, panels = grid(1, 2, 10.5, 4.2, title)
+    c, n, g = torch.tensor([-1.25]), range(FIRST_POSITION, MAX_LENGTH), study.generator("interleaved example")
+    a = data.interleaved(MAX_LENGTH, c, g, study.model.config.d_vocab)["interleaved"]
     x = a[:, :-1]
     panels[0].plot(n, a[0, FIRST_POSITION + 1 :, 0], color=TRUTH, marker="o", ms=4, label="the next vector")
     panels[0].plot(n, study.model(x)[0, FIRST_POSITION:, 0], color=MODEL, marker=".", ls="--", label="model")
     panels[0].plot(n, data.solve_recurrence(x)[0, :, 0], color="0.6", marker=".", label="exact affine solver")
     panels[0].axhline(0, color="0.9", zorder=0)
-    title = f"one sequence, $c^2$ = {c.item() ** 2:.2f}, dimension 0"
-    panels[0].set(title=title, xlabel="position n", ylabel="component")
+    panels[0].set(title=f"one sequence, $c^2$ = {c.item() ** 2:.2f}, dimension 0", xlabel="position n",
+                  ylabel="component")
     panels[0].legend()
     found, bottom = unexplained(interleaved_errors(study, 1.2, 2.0)), 1e-5
-    predictors = {"model": MODEL, "affine solver": "0.6", "two-step solver": OTHER}
-    for i, (name, color) in enumerate(predictors.items()):
+    bars = (("model", MODEL), ("affine solver", "0.6"), ("two-step solver", OTHER))
+    for i, (name, color) in enumerate(bars):
         heights = [max(found[kind][name], bottom) for kind in KINDS]
         panels[1].bar(np.arange(4) + 0.27 * (i - 1), heights, 0.25, color=color, label=name)
-    panels[1].set(yscale="log", ylim=(bottom, 100), ylabel="unexplained share (bars start at $10^{-5}$)")
-    panels[1].set_title("all, |c| from 1.2 to 2")
+    panels[1].set(yscale="log", ylim=(bottom, 100), title="all, |c| from 1.2 to 2",
+                  ylabel="unexplained share (bars start at $10^{-5}$)")
     panels[1].set_xticks(range(4), [textwrap.fill(kind, 11) for kind in KINDS])
     panels[1].legend(ncols=3, loc="upper left")
     return canvas
@@ -1850,19 +1775,16 @@ def knob_shares(study: Study) -> dict[str, list[float]]:
     position 1 of the same sequence with a_0 and a_1 as long as in the other, "size of a_0" and "size of a_1"
     with only one of them, "favourite, size" key and value of the favourite with all vectors up to it so long.
     """
-    favourite = favourite_source(study)
-    scale, resid, count = "ln_final.hook_scale", "blocks.1.hook_resid_pre", max(10, study.size // 20)
+    resid, count, favourite = "blocks.1.hook_resid_pre", max(10, study.size // 20), favourite_source(study)
     k, v, pattern, z = (f"blocks.1.attn.hook_{name}" for name in ("k", "v", "pattern", "z"))
     both = []
     for low, high in ((0.2, 0.7), (1.5, 2.0)):
-        generator = study.generator(f"knob {low}")
-        ranges = ((low, high), (-high, -low))
+        generator, ranges = study.generator(f"knob {low}"), ((low, high), (-high, -low))
         both.append(torch.cat([study.sample(count, MAX_LENGTH, generator, r).a[:, :-1] for r in ranges]))
-    norms = lambda x, positions: x[:, positions].norm(dim=-1, keepdim=True)
     shares: dict[str, list[float]] = {}
     for own, other in (both, both[::-1]):
-        here, there = (study.record(x, k, v, pattern, z, resid, scale) for x in (own, other))
-        goal = (there[scale] / here[scale]).log()[:, 4:]
+        here, there = (study.record(x, k, v, pattern, z, resid, SCALE) for x in (own, other))
+        goal = (there[SCALE] / here[SCALE]).log()[:, 4:]
         patched = lambda positions, names=(k, v), source=there: interventions.patch_positions(
             {name: source[name] for name in names}, positions)
         given = {"z": interventions.hold({z: there[z]}),
@@ -1871,18 +1793,28 @@ def knob_shares(study: Study) -> dict[str, list[float]]:
                  **{f"position {s}": patched([s]) for s in range(5)},
                  "positions 5 to 13": patched(range(5, MAX_LENGTH)), "position 1, key": patched([1], [k]),
                  "position 1, value": patched([1], [v]), "favourite": patched([favourite])}
-        sizes = {"size": ([0, 1], 1), "size of a_0": ([0], 1), "size of a_1": ([1], 1)}
-        sizes["favourite, size"] = list(range(favourite + 1)), favourite
-        for name, (positions, source) in sizes.items():
+        for name, positions, source in (("size", [0, 1], 1), ("size of a_0", [0], 1), ("size of a_1", [1], 1),
+                                        ("favourite, size", list(range(favourite + 1)), favourite)):
             x = own.clone()
-            x[:, positions] *= norms(other, positions) / norms(own, positions)
+            x[:, positions] *= (other.norm(dim=-1) / own.norm(dim=-1))[:, positions, None]
             given[name] = patched([source], source=study.record(x, k, v))
         for name, hooks in given.items():
             kept: dict[str, Tensor] = {}
-            study.model.run_from(1, here[resid], hooks | interventions.record([scale], kept))
-            moved = (kept[scale] / here[scale]).log()[:, 4:]
-            shares.setdefault(name, []).append(((moved * goal).mean() / (goal**2).mean()).item())
+            study.model.run_from(1, here[resid], hooks | interventions.record([SCALE], kept))
+            moved = (kept[SCALE] / here[SCALE]).log()[:, 4:]
+            shares.setdefault(name, []).append(ratio(moved * goal, goal**2).item())
     return shares
+
+
+def knob_finding(study: Study, position: int, read: str, size: str, control: dict) -> Finding:
+    """Whether the knob follows what layer 1 `read` at a position, and its `size`, names of `knob_shares`."""
+    shares = knob_shares(study)
+    places = [*(f"position {s}" for s in range(5)), "positions 5 to 13"]
+    others = [shares[name] for s, name in enumerate(places) if s != min(position, 5)]
+    first = all(shares[read][i] >= max(0.5, *(other[i] for other in others)) for i in (0, 1))
+    values = {f"{name}, to {kind}": shares[name][i] for name in (read, size)
+              for i, kind in ((0, "growing"), (1, "decaying"))}
+    return Finding(shares[read], verdict(first and min(shares[size]) >= 0.5, first), values, control)
 
 
 @claim("what turns the knob is the size of the first two vectors", None, 26, "share that follows", 2)
@@ -1890,13 +1822,7 @@ def claim_knob(study: Study) -> Finding:
     """See `knob_shares`. In both directions at least half of the change of the log scale follows layer 1's
     key and value of source position 1 alone, and more than those of any other position; and at least half
     follows the size of the first two vectors, seen through position 1 alone. Partly if only the first."""
-    shares = knob_shares(study)
-    others = [shares[name] for name in (*(f"position {s}" for s in (0, 2, 3, 4)), "positions 5 to 13")]
-    second = all(shares["position 1"][i] >= max(0.5, *(other[i] for other in others)) for i in (0, 1))
-    values = {f"{name}, to {kind}": shares[name][i] for name in ("position 1", "size")
-              for i, kind in ((0, "growing"), (1, "decaying"))}
-    return Finding(shares["position 1"], verdict(second and min(shares["size"]) >= 0.5, second), values,
-                   shares)
+    return knob_finding(study, 1, "position 1", "size", knob_shares(study))
 
 
 @claim("what turns the knob is the size of the vectors up to layer 1's favourite position", None, 26,
@@ -1906,21 +1832,15 @@ def claim_knob_favourite(study: Study) -> Finding:
     least half of the change of the log scale follows layer 1's key and value of it alone, and more than those
     of any other of positions 0 to 4, or of 5 to 13 together; and at least half follows the size of the
     vectors up to it, seen through it alone. Partly if only the first."""
-    shares, favourite = knob_shares(study), favourite_source(study)
-    others = [shares[name] for s, name in enumerate([*(f"position {s}" for s in range(5)), "positions 5 to 13"])
-              if s != min(favourite, 5)]
-    first = all(shares["favourite"][i] >= max(0.5, *(other[i] for other in others)) for i in (0, 1))
-    values = {f"{name}, to {kind}": shares[name][i] for name in ("favourite", "favourite, size")
-              for i, kind in ((0, "growing"), (1, "decaying"))}
-    how = verdict(first and min(shares["favourite, size"]) >= 0.5, first)
-    return Finding(shares["favourite"], how, values, {"favourite position": favourite})
+    favourite = favourite_source(study)
+    return knob_finding(study, favourite, "favourite", "favourite, size", {"favourite position": favourite})
 
 
 @figure(26, "what turns the knob (ours)", layers=2)
 def figure_knob(study: Study):
     title = "What turns the knob: layer 1 is given something of other sequences"
     canvas, panels = grid(1, 2, 10.5, 4.6, title, width_ratios=[1.5, 1])
-    shares = knob_shares(study)
+    shares, favourite = knob_shares(study), favourite_source(study)
     y = np.arange(len(shares))
     for i, (label, color) in enumerate((("decaying, given of growing", LENS),
                                         ("growing, given of decaying", TRUTH))):
@@ -1931,25 +1851,11 @@ def figure_knob(study: Study):
         panels[0].axvline(x, color=color, lw=0.8)
     panels[0].set_xlabel("share of the change of ln_final's log scale that follows")
     panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    attention = study.activations["blocks.1.attn.hook_pattern"][:, :, 6, 1].mean(1)
-    size, c = study.population.a[:, 1].norm(dim=-1), study.population.c.abs()
+    attention = study.activations["blocks.1.attn.hook_pattern"][:, :, 6, favourite].mean(1)
+    size, c = study.population.a[:, favourite].norm(dim=-1), study.population.c.abs()
     canvas.colorbar(panels[1].scatter(size, attention, c=c, s=6, cmap="viridis"), ax=panels[1], label="|c|")
-    panels[1].set(xlabel="norm of $a_1$", ylabel="attention of layer 1 to position 1")
+    panels[1].set(xlabel=f"norm of $a_{favourite}$", ylabel=f"attention of layer 1 to position {favourite}")
     panels[1].set_title("at position 6, mean over heads, a dot a sequence")
-    return canvas
-
-
-@figure(27, "how large the weight of each source is (ours)", tasks="rotating")
-def figure_weight_sizes(study: Study):
-    weights = read_weights(study, None, MAX_LENGTH, WHOLE // 3)
-    explain = f"which explain {weights.explained:.1%} of the output"
-    title = f"Source weights of {study.task_name} sequences, {explain}"
-    canvas, panels = grid(1, 2, 10, 4.2, title)
-    size, mean = weights.w.pow(2).mean(0).sqrt(), weights.w.mean(0)
-    limit = size[study.task.first :].max().item()  # the rows above it are of vectors that cannot be known yet
-    for axes, matrix, name in zip(panels, (size, mean), ("root mean square", "mean")):
-        canvas.colorbar(heat(axes, matrix, limit), ax=axes, label="weight $w_s$")
-        axes.set(title=f"{name} over {len(weights.w)} sequences", xlabel="source s", ylabel="position n")
     return canvas
 
 
@@ -1974,10 +1880,10 @@ def root_strides(weights: Weights) -> dict[str, float]:
     z, A, B = z[grows], *(part[:, 6:] for part in strides(weights.w[grows], z[grows]))
     powers = z[:, None] ** -torch.arange(1.0, c.shape[1] + 1)
     last = (c[grows] * powers)[:, 1::2].sum(1, keepdim=True)
-    found = {"A / z^2": A.real, "B / z": B.real, "A / z^2 + B / z (right: 1)": (A + B).real}
-    found["A / z^2 is off strides of two by"] = (A - 1).abs()
-    found["A / z^2 is off the last steps by"] = (A - last).abs()
-    found["these two differ by"] = (last - 1).abs()
+    found = {"A / z^2": A.real, "B / z": B.real, "A / z^2 + B / z (right: 1)": (A + B).real,
+             "A / z^2 is off strides of two by": (A - 1).abs(),
+             "A / z^2 is off the last steps by": (A - last).abs(),
+             "these two differ by": (last - 1).abs()}
     return {name: value.mean() for name, value in found.items()}
 
 
@@ -2004,41 +1910,35 @@ def figure_tasks(runs: dict[str, dict]):
     title = "Other recurrences: error by position n, at which the next vector is predicted"
     columns = -(-len(runs) // rows)
     canvas, panels = grid(rows, columns, 11, 0.8 + 2.5 * rows, title, sharey=True, squeeze=False)
+    lines = {}
     for axes, found in zip(panels.flat, runs.values()):
-        first, errors = found["first position"], found["by position"]
-        draw_errors(axes, range(first, MAX_LENGTH), errors, marker=".")
+        draw_errors(axes, range(found["first position"], MAX_LENGTH), found["by position"], marker=".")
         share = found["MSE, model"] / found["MSE, zero"]
-        axes.set(title=f"{found['task']}: {share:.1%} unexplained", ylim=(1e-18, 10))
-        axes.set(xlim=(0.5, MAX_LENGTH), xticks=range(2, MAX_LENGTH, 2))
+        axes.set(title=f"{found['task']}: {share:.1%} unexplained", ylim=(1e-18, 10),
+                 xlim=(0.5, MAX_LENGTH), xticks=range(2, MAX_LENGTH, 2))
+        lines |= {line.get_label(): line for line in axes.lines}
     for axes in panels.flat[len(runs) :]:
         axes.axis("off")
     canvas.supylabel("mean squared error", fontsize=9)
-    canvas.legend(*draw_legend(panels), loc="outside lower center", ncols=3)
+    canvas.legend(handles=list(lines.values()), loc="outside lower center", ncols=3)
     return canvas
-
-
-def draw_legend(panels) -> tuple[list, list]:
-    """Lines and labels of all panels, each label once."""
-    lines = {}
-    for axes in panels.flat:
-        lines |= dict(zip(*axes.get_legend_handles_labels()[::-1]))
-    return list(lines.values()), list(lines)
 
 
 def depth_results(study: Study) -> dict:
     """Which parts a model of any depth has: copy (A and B), gain (what a clean final scale mends of an
     ablation), subtraction (factors on a*); and its error."""
-    errors, (_, A, B) = predictor_errors(study, study.test.a), strong_strides(study)
-    found = {"layers": len(study.layers), "MSE, all lengths": claim_mse(study).measured}
-    found |= {"MSE, 14 inputs": errors["model"].mean(), "A / c^2": A[:, 5:].mean(), "B / c": B[:, 5:].mean()}
-    found["explained by source weights"] = np.mean([w.explained for w in study.weights.values()])
-    for name, arms in ablations(study).items():
-        ablated, held = (arms[kind].mean() / study.baseline.mean() for kind in ("mean", "mean, clean scale"))
-        found[f"{name} ablated, and with the clean scale: MSE / unchanged"] = [ablated, held]
+    errors, (A, B, _) = predictor_errors(study, study.test.a), strong_strides(study)
+    found = {"layers": len(study.layers), "MSE, all lengths": claim_mse(study).measured,
+             "MSE, 14 inputs": errors["model"].mean(), "A / c^2": A[..., 5:].mean(),
+             "B / c": B[..., 5:].mean(),
+             "explained by source weights": claim_source_weights(study).values["mean, |c| up to 1.5"],
+             "interleaved: unexplained share": claim_interleaved(study).measured}
+    for part in ablations(study):
+        if part.startswith("layer"):
+            both = [factors(study, part)[kind] for kind in ("mean", "mean, clean scale")]
+            found[f"{part} ablated, and with the clean scale: MSE / unchanged"] = both
     for name, (fixed, _) in factors_by_component(study).items():
         found[f"{name}: factor on a* at |c| = {', '.join(map(str, TAKEN_AT))}"] = fixed
-    interleaved = unexplained(interleaved_errors(study, 1.2, 2.0))["interleaved"]
-    found["interleaved: unexplained share"] = interleaved["model"]
     found["by position"] = errors["model"].mean(0)
     return found | {"by |c|": by_size(study.test.c, errors["model"].mean(1))}
 
@@ -2054,10 +1954,10 @@ def figure_depths(runs: dict[str, dict]):
         panels[0].semilogy(range(FIRST_POSITION, MAX_LENGTH), found["by position"], **line)
         panels[1].semilogy(SIZE_RANGES, found["by |c|"], **line)
         for y, name in enumerate(names[: 2 * layers]):
-            ablated, held = found[f"{name} ablated, and with the clean scale: MSE / unchanged"]
-            panels[2].plot([ablated, held], [y + 0.2 * i] * 2, color=color, lw=1)
-            panels[2].plot(ablated, y + 0.2 * i, "o", color=color, ms=5)
-            panels[2].plot(held, y + 0.2 * i, "o", color=color, ms=5, mfc="white")
+            ends = found[f"{name} ablated, and with the clean scale: MSE / unchanged"]
+            panels[2].plot(ends, [y + 0.2 * i] * 2, color=color, lw=1)
+            for x, fill in zip(ends, (color, "white")):
+                panels[2].plot(x, y + 0.2 * i, "o", color=color, ms=5, mfc=fill)
     panels[2].set_yticks(np.arange(len(names)) + 0.2, names)
     panels[2].set(xscale="log", xlabel="MSE / unchanged", title="mean-ablated; hollow: with the clean scale")
     panels[2].invert_yaxis()
@@ -2092,9 +1992,8 @@ def survey(kind: str, folder: str, seed: int, out: str):
     labels = (label for label in labels if label != "meta" and not label.startswith("by "))
     rows = ([label, *(short(found.get(label, "-")) for found in runs.values())] for label in labels)
     lines = [f"# {kind.capitalize()}", "", f"Written by `python analyze.py --{kind}`.", ""]
-    lines += table([kind, *runs], rows)
     save_json(runs, os.path.join(out, f"{kind}.json"))
-    write_text(out, f"{kind}.md", "\n".join(lines) + "\n")
+    write_text(out, f"{kind}.md", lines + table([kind, *runs], rows))
     draw(figure_of, runs, os.path.join(out, f"{kind}.png"))
     print(f"{kind}.json, {kind}.md and {kind}.png in {out}, {progress.elapsed():.0f} s")
 
@@ -2152,10 +2051,10 @@ def over_seeds(runs: dict[str, dict]) -> dict[str, dict]:
         claims[name] = {"verdicts": {seed: found["verdict"] for seed, found in each.items()}, "values": {}}
         for label in first["values"]:
             values = np.array([found["values"][label] for found in each.values()])
-            sd = values.std(ddof=1) if len(values) > 1 else 0.0
             untrained = np.mean([found["untrained"]["values"][label] for found in each.values()])
-            numbers = {"seeds": values, "mean": values.mean(), "sd": sd, "untrained": untrained}
-            claims[name]["values"][label] = numbers
+            sd = values.std(ddof=1) if len(values) > 1 else 0.0
+            claims[name]["values"][label] = {"seeds": values, "mean": values.mean(), "sd": sd,
+                                             "untrained": untrained}
     return plain(claims)
 
 
@@ -2166,11 +2065,11 @@ def count_verdicts(verdicts: Iterable[str]) -> dict[str, int]:
 
 def holding(found: dict[str, dict], ours: bool) -> int:
     """How many of the paper's claims, or of ours, are reproduced in a `course`."""
-    names = [name for name, claim in CLAIMS.items() if (claim.paper is None) == ours and name in found]
-    return count_verdicts(found[name]["verdict"] for name in names)["reproduced"]
+    return sum(found[name]["verdict"] == "reproduced" for name, claim in CLAIMS.items()
+               if (claim.paper is None) == ours and name in found)
 
 
-def claim_panels(names: Iterable[str], title: str):
+def panel_each(names: Iterable[str], title: str):
     """A panel for each of the claims, with its unit and the paper's value: canvas, {name: axes}, other
     axes."""
     names = list(names)
@@ -2194,7 +2093,7 @@ def claim_panels(names: Iterable[str], title: str):
 def figure_seeds(claims: dict[str, dict]):
     """A panel for each claim of `over_seeds`: a mark for each seed, in one order, a bar at their mean."""
     seeds = len(next(iter(claims.values()))["verdicts"])
-    canvas, panels, (legend, *_) = claim_panels(claims, f"The claims over {seeds} seeds")
+    canvas, panels, (legend, *_) = panel_each(claims, f"The claims over {seeds} seeds")
     for name, axes in panels.items():
         found = claims[name]
         for x, group in enumerate(found["values"].values()):
@@ -2224,11 +2123,11 @@ def figure_course(courses: dict[str, dict]):
     many claims hold. Ranges are those from step 512 on: shares of nothing, before, may be of any size."""
     first = next(iter(next(iter(courses.values())).values()))
     title = f"When it forms: the values of the claims against the step, {len(courses)} seeds"
-    canvas, panels, (last, *_) = claim_panels(first, title)
+    canvas, panels, (last, *_) = panel_each(first, title)
     for name, axes in panels.items():
         late = [line.get_ydata()[0] for line in axes.lines]  # the paper's value
         for i, steps in enumerate(courses.values()):
-            x = np.array([int(step) for step in steps])
+            x = np.array(list(map(int, steps)))
             for j, label in enumerate(first[name]["values"]):
                 y = np.array([found[name]["values"][label] for found in steps.values()])
                 axes.plot(x, y, color=f"C{j}", lw=0.8, label=None if i else label)
@@ -2237,9 +2136,9 @@ def figure_course(courses: dict[str, dict]):
             margin = 0.05 * (max(late) - min(late)) + 1e-9
             axes.set_ylim(min(late) - margin, max(late) + margin)
     for i, steps in enumerate(courses.values()):
-        for ours, color in ((False, TRUTH), (True, LENS)):
+        for ours, color, label in ((False, TRUTH, "the paper's"), (True, LENS, "ours")):
             y = [holding(found, ours) for found in steps.values()]
-            last.plot([int(step) for step in steps], y, color=color, lw=0.8, label=None if i else ("ours" if ours else "the paper's"))
+            last.plot(list(map(int, steps)), y, color=color, lw=0.8, label=None if i else label)
     last.axis("on")
     last.set(title="claims that hold", ylabel="number of claims")
     for axes in (*panels.values(), last):
@@ -2251,43 +2150,36 @@ def figure_course(courses: dict[str, dict]):
     return canvas
 
 
-def seeds_markdown(settings: dict[str, dict]) -> str:
-    """seeds.md: the verdicts and values of each claim over the seeds of each setting, and of each seed."""
-    first, *_ = settings.values()
-    lines = [
-        "# The claims over seeds and settings",
-        "",
-        "Written by `python analyze.py --seeds`; the rules are in `results.md`. A setting is the activation",
-        "and the standard deviation of the initial weights. In bold: reproduced / partly / not. Values: mean",
-        "over seeds (standard deviation).",
-        "",
-    ]
-    rows = []
+SEEDS_INTRO = """\
+# The claims over seeds and settings
+
+Written by `python analyze.py --seeds`; the rules are in `results.md`. A setting is the activation and the
+standard deviation of the initial weights. In bold: reproduced / partly / not. Values: mean over seeds
+(standard deviation): each seed.
+"""
+
+
+def seeds_markdown(settings: dict[str, dict]) -> list[str]:
+    """The lines of seeds.md: verdicts and values of each claim over the seeds of each setting."""
+    first, rows = next(iter(settings.values())), []
     for name, found in first["claims"].items():
-        row = [f"[`{name}`](results.md#{name})", paper_text(CLAIMS[name].paper), CLAIMS[name].unit]
-        for each in (setting["claims"].get(name) for setting in settings.values()):
-            groups = each["values"].items() if each else ()
-            values = [f"{label}: {short(group['mean'])} ({short(group['sd'])})" for label, group in groups]
-            counts = " / ".join(map(str, count_verdicts(each["verdicts"].values()).values())) if each else "-"
-            row.append("<br>".join([f"**{counts}**", *values]))
+        rows.append([f"[`{name}`](results.md#{name})", paper_text(CLAIMS[name].paper), CLAIMS[name].unit])
+        for setting in settings.values():
+            each = setting["claims"].get(name, {"verdicts": {}, "values": {}})
+            counts = " / ".join(map(str, count_verdicts(each["verdicts"].values()).values()))
+            values = [f"{label}: {short(group['mean'])} ({short(group['sd'])}): {short(group['seeds'])}"
+                      for label, group in each["values"].items()]
+            rows[-1].append("<br>".join([f"**{counts}**", *values]))
         fresh = (f"{label}: {short(group['untrained'])}" for label, group in found["values"].items())
-        rows.append([*row, "<br>".join(fresh)])
-    lines += table(["claim", "paper", "unit", *settings, "untrained"], rows)
-    for setting, found in settings.items():
-        rows = []
-        for name, claim in found["claims"].items():
-            rows.append([f"`{name}`"])
-            for i, verdict in enumerate(claim["verdicts"].values()):
-                values = (f"{label}: {short(group['seeds'][i])}" for label, group in claim["values"].items())
-                rows[-1].append(f"**{verdict}**<br>{'<br>'.join(values)}")
-        lines += ["", f"## {setting}: each seed", "", *table(["claim", *found["runs"]], rows)]
+        rows[-1].append("<br>".join(fresh))
+    lines = [SEEDS_INTRO, *table(["claim", "paper", "unit", *settings, "untrained"], rows)]
     if courses := first["course"]:
         count = lambda found: f"{holding(found, False)} + {holding(found, True)}" if found else "-"
         rows = ([f"{int(step):,}", *(count(steps.get(step)) for steps in courses.values())]
                 for step in next(iter(courses.values())))
         lines += ["", "## How many claims hold at each step", "", "Of the paper's + of ours, measured on"]
         lines += ["fewer sequences than above.", "", *table(["step", *courses], rows)]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def open_runs(folder: str) -> tuple[str, dict[str, str]]:
@@ -2296,25 +2188,23 @@ def open_runs(folder: str) -> tuple[str, dict[str, str]]:
     Raises FileNotFoundError where there is none, and FileNotFoundError or ValueError for one that cannot be
     read, is at another step or was trained in another setting than the others.
     """
+    where = os.path.join(folder, "seed_*")
     runs = sorted(filter(os.path.isdir, glob.glob(os.path.join(glob.escape(folder), "seed_*"))))
     if not runs:
-        where = os.path.join(folder, "seed_*")
-        raise FileNotFoundError(
-            f"there is no run in {where}: train some with train.py --seeds 0-3 --out {folder}"
-        )
+        how = f"train some with train.py --seeds 0-3 --out {folder}"
+        raise FileNotFoundError(f"there is no run in {where}: {how}")
     found = []
     for path in runs:
         study = open_study(path, 0)
-        config, step = study.model.config, int(study.log["step"][-1])
+        config = study.model.config
         setting = f"{config.act_fn}, {config.initializer_range:.3g}"
         setting += "" if config.n_layers == 3 else f", {config.n_layers} layers"
         setting += "" if "affine" in study.kinds else f", {study.task_name}"
-        found.append((setting, step))
+        found.append((setting, int(study.log["step"][-1])))
         if found[-1] != found[0]:
             kinds = " and ".join(f"{setting} at step {step:,}" for setting, step in sorted(set(found)))
-            raise ValueError(
-                f"{path} is another kind of run than those before it: {kinds}; move it elsewhere"
-            )
+            other = f"{path} is another kind of run than those before it"
+            raise ValueError(f"{other}: {kinds}; move it elsewhere")
     return setting, {os.path.basename(path): path for path in runs}
 
 
@@ -2329,9 +2219,8 @@ def compare_runs(folders: list[str], seed: int, out: str):
     for folder in folders:
         setting, runs = open_runs(folder)
         if setting in groups:
-            raise ValueError(
-                f"{folder} has the setting {setting} of a folder before it: put all its seeds in one"
-            )
+            here = f"{folder} has the setting {setting} of a folder before it"
+            raise ValueError(f"{here}: put all its seeds in one")
         groups[setting] = runs
     os.makedirs(out, exist_ok=True)
     main, settings = next(iter(groups)), {}  # only runs of the first setting are followed through training
@@ -2344,10 +2233,11 @@ def compare_runs(folders: list[str], seed: int, out: str):
         courses = {name: each["course"] for name, each in found.items() if each["course"]}
         settings[setting] = {"runs": metas, "claims": over_seeds(found), "course": courses}
     progress.finish()
-    first = settings[main]
+    first, files = settings[main], ["seeds.json", "seeds.md", "seeds.png"]
     draw(figure_seeds, first["claims"], os.path.join(out, "seeds.png"))
     if first["course"]:
         draw(figure_course, first["course"], os.path.join(out, "steps.png"))
+        files.append("steps.png")
     save_json({"settings": settings}, os.path.join(out, "seeds.json"))
     write_text(out, "seeds.md", seeds_markdown(settings))
     for setting, found in settings.items():
@@ -2355,7 +2245,6 @@ def compare_runs(folders: list[str], seed: int, out: str):
         for name, claim in found["claims"].items():
             counts = count_verdicts(claim["verdicts"].values()).items()
             print(f"  {name:22}{', '.join(f'{count} {verdict}' for verdict, count in counts if count)}")
-    files = ["seeds.json", "seeds.md", "seeds.png", *(["steps.png"] if first["course"] else [])]
     print(f"{', '.join(files)} in {out}, {progress.elapsed():.0f} s")
 
 
@@ -2429,29 +2318,31 @@ def meta(study: Study, run: str) -> dict:
             "versions": {"python": platform.python_version()} | versions}
 
 
-def markdown(results: dict) -> str:
-    """results.md: a table with a row for each claim, then the rule, the values and the controls of each."""
+RESULTS_INTRO = """\
+# What the paper claims and what this model shows
+
+Written by `python analyze.py --all`; all numbers, with more digits, are in `results.json`. Claims without a
+value of the paper are ours; "reproduced" then says that they hold. Untrained: the same measured on fresh
+weights.
+"""
+
+
+def markdown(results: dict) -> list[str]:
+    """The lines of results.md: a row for each claim, then the rule, the values and the controls of each."""
     rows, details = [], []
     for name, found in results["claims"].items():
         fresh, number = found["untrained"], CLAIMS[name].figure
-        row = [f"[`{name}`](#{name}) {found['claim']}", f"[{number}]({figure_file(number)})"]
-        row += [paper_text(found["paper"]), short(found["measured"])]
-        rows.append([*row, " to ".join(map(short, found["interval"] or ())), found["verdict"]])
+        rows.append([f"[`{name}`](#{name}) {found['claim']}", f"[{number}]({figure_file(number)})",
+                     paper_text(found["paper"]), short(found["measured"]),
+                     " to ".join(map(short, found["interval"] or ())), found["verdict"]])
         verdicts = f"**{found['verdict']}** (untrained: {fresh['verdict']})"
         details += ["", f"## {name}", "", f"{found['claim']}: {verdicts}.", "", f"Rule: {found['why']}", ""]
         values = ([key, short(value), short(fresh["values"][key])] for key, value in found["values"].items())
         details += [*table([CLAIMS[name].unit, "value", "untrained"], values), ""]
         details += table(["control", "value"], ([k, short(v)] for k, v in found["control"].items()))
-    intro = """\
-        # What the paper claims and what this model shows
-
-        Written by `python analyze.py --all`; all numbers, with more digits, are in `results.json`. Claims
-        without a value of the paper are ours; "reproduced" then says that they hold. Untrained: the same
-        measured on fresh weights.
-        """
-    lines = [textwrap.dedent(intro), *(f"{key}: {short(value)}  " for key, value in results["meta"].items())]
-    lines += ["", *table(["claim", "figure", "paper", "measured", "95% interval", "verdict"], rows), *details]
-    return "\n".join(lines) + "\n"
+    header = ["claim", "figure", "paper", "measured", "95% interval", "verdict"]
+    return [RESULTS_INTRO, *(f"{key}: {short(value)}  " for key, value in results["meta"].items()), "",
+            *table(header, rows), *details]
 
 
 def terminal_table(results: dict) -> str:
@@ -2469,6 +2360,7 @@ class Progress:
 
     def __init__(self, total: int):
         self.total, self.done, self.start, self.line = total, 0, time.perf_counter(), Line(sys.stderr)
+        self.finish = self.line.clear
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.start
@@ -2479,13 +2371,10 @@ class Progress:
         self.done += 1
         self.line.show(f"[{self.done}/{self.total}] {what} ({self.elapsed():.0f} s{left})")
 
-    def finish(self):
-        self.line.clear()
 
-
-def write_text(out: str, name: str, text: str):
+def write_text(out: str, name: str, lines: list[str]):
     with replacing(os.path.join(out, name)) as f:
-        f.write(text.encode())
+        f.write("\n".join([*lines, ""]).encode())
 
 
 def draw(figure_of: Callable, what, path: str):
@@ -2504,8 +2393,8 @@ def measure(study: Study, claims: Iterable[str], progress: Progress, prefix: str
         progress.next(f"{prefix}claim {name}")
         claim = CLAIMS[name]
         found, fresh = claim.function(study), claim.function(study.untrained)
+        text = {"claim": claim.text, "paper": claim.paper, "why": " ".join(claim.function.__doc__.split())}
         untrained = {"verdict": fresh.verdict, "values": fresh.values}
-        text = {"claim": claim.text, "paper": claim.paper, "why": claim.rule}
         results[name] = plain({**text, **asdict(found), "untrained": untrained})
     return results
 
@@ -2514,8 +2403,7 @@ def analyse(run: str, seed: int, out: str, wanted: list[int] | None):
     """Draw the figures `wanted` of a run into `out`; for None all, and measure every claim, with the
     reports. Says in a line what has no meaning for this run."""
     study = open_study(run, seed)
-    entries = {number: FIGURES[number] for number in sorted(wanted or FIGURES)}
-    entries |= {} if wanted else CLAIMS
+    entries = {number: FIGURES[number] for number in sorted(wanted or FIGURES)} | ({} if wanted else CLAIMS)
     chosen = applicable(entries, study)
     named = lambda names: ", ".join(f"figure {name}" if name in FIGURES else name for name in names)
     shallow = [name for name, entry in entries.items() if entry.layers > len(study.layers)]
