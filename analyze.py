@@ -85,6 +85,10 @@ class Entry:
     figure: int = 0  # where a claim is shown
     unit: str = ""  # of a claim's values
 
+    @property
+    def rule(self) -> str:
+        return " ".join(inspect.getdoc(self.function).split())
+
 
 CLAIMS: dict[str, Entry] = {}
 FIGURES: dict[int, Entry] = {}
@@ -393,18 +397,22 @@ PREDICTORS = {  # label and line of each of `predictor_errors`
 }
 
 
+@once
+def best_linear(study: Study, count: int) -> list[float]:
+    """Coefficients of the best fixed linear predictor from the last `count` vectors, on the population."""
+    return regress(*neighbours(study.population.a, study.task.first, count))[0]
+
+
 def predictions(study: Study, a: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The targets of sequences a [batch, pos + 1, d_vocab] from the first that is determined on, and what the
     model and others predict there, {name: [batch, pos - first, d_vocab]}.
 
-    The best linear predictor has fixed coefficients, fitted to the population, on as many vectors as
-    determine the next one.
+    The best linear predictor uses as many vectors as determine the next one.
     """
     first, task = study.task.first, study.task
-    coefficients, _ = regress(*neighbours(study.population.a, first, first + 1))
     target, *known = neighbours(a, first, first + 1)
     found = {"zero": torch.zeros_like(target), "last vector": known[0],
-             "best linear": sum(factor * x for factor, x in zip(coefficients, known)),
+             "best linear": sum(factor * x for factor, x in zip(best_linear(study, first + 1), known)),
              "exact solver": task.solve(a[:, :-1]), "two-step rule": task.rule and task.rule(a[:, :-1]),
              "model": torch.cat([study.model(x) for x in a[:, :-1].split(100)])[:, first:]}
     return target, {name: value for name, value in found.items() if value is not None}
@@ -1158,7 +1166,7 @@ def figure_lens_after_layer_0(study: Study):
     title = "Residual stream after layer 0, unembedded, against the true next vector"
     canvas, panels = grid(2, 3, 10.5, 5.4, title, sharex=True)
     truth, last, before = neighbours(study.population.a)
-    (beta, alpha), _ = regress(truth, last, before)
+    beta, alpha = best_linear(study, 2)
     after, output = (x[:, FIRST_POSITION:]
                      for x in (lens(study, "blocks.0.hook_resid_post"), study.activations["output"]))
     best = f"{beta:.2f} $a_n$ + {alpha:.2f} $a_{{n-1}}$, the best\nfixed linear predictor"
@@ -1993,7 +2001,7 @@ def survey(kind: str, folder: str, seed: int, out: str):
     rows = ([label, *(short(found.get(label, "-")) for found in runs.values())] for label in labels)
     lines = [f"# {kind.capitalize()}", "", f"Written by `python analyze.py --{kind}`.", ""]
     save_json(runs, os.path.join(out, f"{kind}.json"))
-    write_text(out, f"{kind}.md", lines + table([kind, *runs], rows))
+    write_text(out, f"{kind}.md", "\n".join([*lines, *table([kind, *runs], rows), ""]))
     draw(figure_of, runs, os.path.join(out, f"{kind}.png"))
     print(f"{kind}.json, {kind}.md and {kind}.png in {out}, {progress.elapsed():.0f} s")
 
@@ -2159,8 +2167,8 @@ standard deviation of the initial weights. In bold: reproduced / partly / not. V
 """
 
 
-def seeds_markdown(settings: dict[str, dict]) -> list[str]:
-    """The lines of seeds.md: verdicts and values of each claim over the seeds of each setting."""
+def seeds_markdown(settings: dict[str, dict]) -> str:
+    """seeds.md: verdicts and values of each claim over the seeds of each setting."""
     first, rows = next(iter(settings.values())), []
     for name, found in first["claims"].items():
         rows.append([f"[`{name}`](results.md#{name})", paper_text(CLAIMS[name].paper), CLAIMS[name].unit])
@@ -2179,7 +2187,7 @@ def seeds_markdown(settings: dict[str, dict]) -> list[str]:
                 for step in next(iter(courses.values())))
         lines += ["", "## How many claims hold at each step", "", "Of the paper's + of ours, measured on"]
         lines += ["fewer sequences than above.", "", *table(["step", *courses], rows)]
-    return lines
+    return "\n".join([*lines, ""])
 
 
 def open_runs(folder: str) -> tuple[str, dict[str, str]]:
@@ -2327,8 +2335,8 @@ weights.
 """
 
 
-def markdown(results: dict) -> list[str]:
-    """The lines of results.md: a row for each claim, then the rule, the values and the controls of each."""
+def markdown(results: dict) -> str:
+    """results.md: a row for each claim, then the rule, the values and the controls of each."""
     rows, details = [], []
     for name, found in results["claims"].items():
         fresh, number = found["untrained"], CLAIMS[name].figure
@@ -2341,8 +2349,8 @@ def markdown(results: dict) -> list[str]:
         details += [*table([CLAIMS[name].unit, "value", "untrained"], values), ""]
         details += table(["control", "value"], ([k, short(v)] for k, v in found["control"].items()))
     header = ["claim", "figure", "paper", "measured", "95% interval", "verdict"]
-    return [RESULTS_INTRO, *(f"{key}: {short(value)}  " for key, value in results["meta"].items()), "",
-            *table(header, rows), *details]
+    lines = [RESULTS_INTRO, *(f"{key}: {short(value)}  " for key, value in results["meta"].items()), ""]
+    return "\n".join([*lines, *table(header, rows), *details, ""])
 
 
 def terminal_table(results: dict) -> str:
@@ -2372,9 +2380,9 @@ class Progress:
         self.line.show(f"[{self.done}/{self.total}] {what} ({self.elapsed():.0f} s{left})")
 
 
-def write_text(out: str, name: str, lines: list[str]):
+def write_text(out: str, name: str, text: str):
     with replacing(os.path.join(out, name)) as f:
-        f.write("\n".join([*lines, ""]).encode())
+        f.write(text.encode())
 
 
 def draw(figure_of: Callable, what, path: str):
@@ -2393,7 +2401,7 @@ def measure(study: Study, claims: Iterable[str], progress: Progress, prefix: str
         progress.next(f"{prefix}claim {name}")
         claim = CLAIMS[name]
         found, fresh = claim.function(study), claim.function(study.untrained)
-        text = {"claim": claim.text, "paper": claim.paper, "why": " ".join(claim.function.__doc__.split())}
+        text = {"claim": claim.text, "paper": claim.paper, "why": claim.rule}
         untrained = {"verdict": fresh.verdict, "values": fresh.values}
         results[name] = plain({**text, **asdict(found), "untrained": untrained})
     return results

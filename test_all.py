@@ -1266,7 +1266,7 @@ class Measures(TestCase):
         self.assertEqual((len(names), names[0], names[-1]), (1 + 2 * (3 + 1), "embedding", "MLP 1"))
         # Off by what moving a source does to the final scale, which is first order in a model that is not
         # equivariant.
-        x, kept = study.weights[1.5].sample.a[:2, :-1], {}
+        x, kept = analyze.read_weights(study, 1.5).sample.a[:2, :-1], {}
         study.exact(x, cache=kept)
         v = analyze.off_plane(x, study.generator("components 1.5"), 1)[0]
 
@@ -1308,34 +1308,28 @@ class Measures(TestCase):
         varying = study.activations["blocks.0.hook_attn_out"] - mean
         self.assertClose((varying @ directions[0]).var() / varying.var((0, 1)).sum(), shares[0], 1e-2)
 
-    def test_median_interval_resamples_what_belongs_together(self):
-        values = torch.randn(2000, generator=seeded())
-        low, high = analyze.median_interval(values, torch.arange(2000), seeded(1))
-        self.assertTrue(low < values.median() < high)
-        self.assertAlmostEqual(high - low, 2 * 1.96 * 1.2533 / 2000**0.5, delta=0.03)
-        # Ten copies of each value say no more than one
-        low, high = analyze.median_interval(values[:200].repeat(10), torch.arange(200).repeat(10), seeded(1))
-        self.assertAlmostEqual(high - low, 2 * 1.96 * 1.2533 / 200**0.5, delta=0.12)
+    def test_intervals_are_as_wide_as_the_statistics_vary(self):
+        values, width = torch.randn(2000, generator=seeded()), lambda found: found[1] - found[0]
+        found = analyze.interval(values)
+        self.assertTrue(found[0] < values.mean() < found[1])
+        self.assertAlmostEqual(width(found), 2 * 1.96 / 2000**0.5, delta=0.02)
+        found = analyze.interval(values, of=torch.median)
+        self.assertTrue(found[0] < values.median() < found[1])
+        self.assertAlmostEqual(width(found), 2 * 1.96 * 1.2533 / 2000**0.5, delta=0.03)
+        # Ten copies of each value, in the row of their sequence, say no more than one, nor do gaps.
+        copies = values[:200, None].repeat(1, 10)
+        found = analyze.interval(F.pad(copies, (0, 3), value=torch.nan), of=torch.nanmedian)
+        self.assertAlmostEqual(width(found), 2 * 1.96 * 1.2533 / 200**0.5, delta=0.12)
+        # Columns are drawn together: how far apart they are does not count.
+        found = analyze.interval(torch.stack([values, values + 100], 1))
+        self.assertAlmostEqual(width(found), 2 * 1.96 / 2000**0.5, delta=0.02)
 
-    def test_ratio_interval_knows_that_both_sums_vary(self):
+    def test_intervals_of_a_ratio_know_that_both_sums_vary(self):
         size = torch.rand(1000, generator=seeded()) + 0.5
-        low, high = analyze.ratio_interval(3 * size, size, seeded(1))
-        self.assertAlmostEqual(low, 3, places=5)
-        self.assertAlmostEqual(high, 3, places=5)
+        self.assertClose(torch.tensor(analyze.interval(3 * size, size, of=analyze.ratio)), 3, 1e-5)
         noise = torch.randn(1000, generator=seeded(2))
-        low, high = analyze.ratio_interval(3 * size + noise, size, seeded(1))
+        low, high = analyze.interval(3 * size + noise, size, of=analyze.ratio)
         self.assertAlmostEqual(high - low, 2 * 1.96 / 1000**0.5, delta=0.02)
-
-    def test_bootstrap_interval_of_a_mean(self):
-        values = torch.randn(400, generator=seeded())
-        low, high = analyze.bootstrap(values, seeded(1))
-        self.assertTrue(low < values.mean() < high)
-        self.assertAlmostEqual(high - low, 2 * 1.96 / 400**0.5, delta=0.03)
-        groups = torch.stack([values, values + 100])
-        low, high = analyze.bootstrap(groups, seeded(1))
-        self.assertAlmostEqual(
-            high - low, 2 * 1.96 / 800**0.5, delta=0.03
-        )  # resampled within groups: their distance does not count
 
     def test_circuits_are_what_the_model_computes(self):
         transformer, cache = model.fold(random_model()), {}
@@ -1409,10 +1403,10 @@ class Analysis(TestCase):
         attn.W_V.zero_(), attn.W_O.zero_()
         attn.W_V[0, :, :40], attn.W_O[0, :40] = basis.T @ span, span.T @ basis
         slope, intercept, r2 = analyze.ov_fits(study)["data vectors"]
-        a = study.population.a[:, :-1]
-        a = a[a.norm(dim=-1) >= 1]
-        self.assertClose(r2, 1, 1e-4)
-        self.assertClose(slope * a.norm(dim=-1), 128**0.5, 0.1)  # ln1 gives every vector the norm sqrt(128)
+        length = study.population.a[:, :-1].norm(dim=-1)
+        self.assertTrue(torch.equal(slope.isnan(), length < 1))
+        self.assertClose(r2[length >= 1], 1, 1e-4)
+        self.assertClose((slope * length)[length >= 1], 128**0.5, 0.1)  # ln1 gives all the norm sqrt(128)
         self.assertEqual(analyze.CLAIMS["l0_ov_r2"].function(study).verdict, "reproduced")
 
     def test_ablations_and_held_scales_are_what_they_say(self):
@@ -1426,7 +1420,8 @@ class Analysis(TestCase):
         scale = "ln_final.hook_scale"
         alone = study.model(x, hooks=interventions.hold({scale: ablated[scale]}))
         self.assertClose(arms["scale alone"] / analyze.squared_errors(alone, target), 1, 1e-3)
-        clean = study.model(x, hooks=hooks | interventions.hold({scale: study.test_activations[scale]}))
+        unchanged = study.record(x, scale)
+        clean = study.model(x, hooks=hooks | interventions.hold({scale: unchanged[scale]}))
         self.assertClose(arms["mean, clean scale"] / analyze.squared_errors(clean, target), 1, 1e-3)
         self.assertClose(study.baseline / analyze.squared_errors(study.model(x), target), 1, 1e-3)
 
