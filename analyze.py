@@ -50,10 +50,10 @@ POPULATION = 1000  # sequences of 14 inputs, as in the paper (section 4.5)
 SMALL = 100  # sequences for the steps of a run, and half as many for an untrained model
 HELD_OUT_PER_LENGTH = 840  # 10,080 sequences over the 12 lengths
 EXAMPLES = 200  # alternating and other sequences for the attention of layer 2
-FEW = 250  # test sequences for ablations of single heads and for those that are only controls
+FEW = 150  # test sequences for ablations of single heads and for those that are only controls
 QK_DRAWS = 5  # random matrices for each arm of the pseudoinverse test
 RESAMPLES = 400  # of each bootstrap
-PER_C = 5  # sequences for each c at which source weights are read
+PER_C = 4  # sequences for each c at which source weights are read
 WHOLE = 40  # and where c is not chosen
 SAMPLES = "POPULATION SMALL HELD_OUT_PER_LENGTH EXAMPLES FEW QK_DRAWS RESAMPLES PER_C WHOLE".split()
 SCALE = "ln_final.hook_scale"
@@ -291,8 +291,9 @@ class Study:
 
     def compare(self, errors: Tensor) -> dict:
         """MSE of an arm, its ratio to the unchanged model's and the interval of their difference."""
-        return {"mse": errors.mean(), "factor": errors.mean() / self.baseline.mean(),
-                "difference": interval(errors - self.baseline)}
+        usual = self.baseline[: len(errors)]
+        return {"mse": errors.mean(), "factor": errors.mean() / usual.mean(),
+                "difference": interval(errors - usual)}
 
 
 def open_study(run: str, seed: int) -> Study:
@@ -812,9 +813,9 @@ def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     def large(fit: tuple[Tensor, ...], vectors: Tensor) -> tuple[Tensor, ...]:
         return tuple(part.where(vectors.norm(dim=-1) >= 1, torch.nan) for part in fit)
 
-    def layer_0_adds(x: Tensor) -> tuple[Tensor, ...]:  # unembedded, against a_{n-1}, for n >= 2
-        stream = study.record(x, "blocks.0.hook_resid_post")["blocks.0.hook_resid_post"]
-        before = x[:, FIRST_POSITION - 1 : -1]
+    def layer_0_adds(x: Tensor, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Unembedded, against a_{n-1}, for n >= 2."""
+        before, stream = x[:, FIRST_POSITION - 1 : -1], kept["blocks.0.hook_resid_post"]
         return large(fit_line(before, (stream @ model.unembed.W_U)[:, FIRST_POSITION:]), before)
 
     mixed = torch.stack([vectors.roll(p, 0) for p, vectors in enumerate(a.unbind(1))], 1)
@@ -825,8 +826,9 @@ def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
             "random vectors": fit_line(*copied(study, random_vectors(study))),
             "weights alone, without ln1 and position": fit_line(a, a @ each.sum(0)),
             "d_model coordinates": fit_line(resid, resid @ ov_circuit(model, 0).sum(0)),
-            "all of layer 0": layer_0_adds(a),
-            "all of layer 0, vectors of different recurrences": layer_0_adds(mixed)}
+            "all of layer 0": layer_0_adds(a, study.activations),
+            "all of layer 0, vectors of different recurrences":
+                layer_0_adds(mixed, study.record(mixed, "blocks.0.hook_resid_post"))}
     return fits | {f"head {h}": large(fit, a) for h, fit in enumerate(by_head)}
 
 
@@ -1219,18 +1221,18 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
     model, everyone = study.model, list(study.heads)
     heads = everyone[:5]
 
-    def replaced(change: Callable, purpose: str, heads: list[int] = heads) -> Tensor:  # [draws, size]
+    def replaced(change: Callable, purpose: str, heads: list[int], count: int | None = None) -> Tensor:
         generator = study.generator(purpose)
-        return torch.stack([study.errors(2, model=change(model, 2, heads, generator))
-                            for _ in range(QK_DRAWS)])
+        return torch.stack([study.errors(2, count=count, model=change(model, 2, heads, generator))
+                            for _ in range(QK_DRAWS)])  # [draws, size or count]
 
     mean = interventions.mean_outputs(study.activations)
-    draws = replaced(interventions.pseudoinverse_qk, f"pinv {heads}")
+    draws = replaced(interventions.pseudoinverse_qk, f"pinv {heads}", heads)
     arms = {"pseudoinverse": draws.mean(0),
             "uniform": study.errors(2, model=interventions.replace_qk(model, 2, heads, 0.0, 0.0)),
-            "random": replaced(interventions.random_qk, "random qk").mean(0),
+            "random": replaced(interventions.random_qk, "random qk", heads).mean(0),
             "mean ablation": study.errors(2, interventions.replace_outputs(mean, [(2, h) for h in heads]))}
-    everywhere = replaced(interventions.pseudoinverse_qk, f"pinv {everyone}", everyone)
+    everywhere = replaced(interventions.pseudoinverse_qk, f"pinv {everyone}", everyone, FEW)
     gaps = {name: interval(arms[name] - arms["pseudoinverse"]) for name in ("uniform", "random")}
     control = {name: study.compare(errors) for name, errors in arms.items()}
     values = {name: found["factor"] for name, found in control.items()}
@@ -1372,7 +1374,7 @@ class Weights:
     """Source weights of some sequences with one c."""
 
     sample: data.Sample  # in float64
-    w: Tensor  # [batch, dest, src], mean over two directions
+    w: Tensor  # [batch, dest, src]
     spread: float  # standard deviation over directions, relative to w: 0 if the model is equivariant
     explained: float  # share of the squared output that sum_s w_s a_s explains, from the first position on
 
@@ -1381,15 +1383,16 @@ class Weights:
 def read_weights(study: Study, c: float | None = None, length: int = MAX_LENGTH,
                  count: int = PER_C) -> Weights:
     """Source weights of `count` sequences (fewer in a small study) at one c, or drawn as in training; c and
-    -c get the same a_0 and d, but for their normalisation."""
+    -c get the same a_0 and d, but for their normalisation. Some are read in two directions."""
     generator, count = study.generator(f"weights {abs(c or 0)}"), max(1, count * study.size // POPULATION)
     c_range = (-2.0, 2.0) if c is None else (c, c)
     sample = study.sample(count, length, generator, c_range, dtype=torch.float64)
     x, first = sample.a[:, :-1], study.task.first
-    one, other = (source_weights(study.exact, x, v) for v in off_plane(x, generator, 2))
-    w, output = (one + other) / 2, study.exact(x)[:, first:]
+    v, few = off_plane(x, generator, 2), slice(-(-count // 4))
+    w, output = source_weights(study.exact, x, v[0]), study.exact(x)[:, first:]
+    other = source_weights(study.exact, x[few], v[1, few])
     left = output - torch.einsum("bns,bsv->bnv", w, x)[:, first:]
-    spread = ((one - other).pow(2).mean() / 2 / w.pow(2).mean()).sqrt()
+    spread = ((w[few] - other).pow(2).mean() / 2 / w[few].pow(2).mean()).sqrt()
     return Weights(sample, w, spread.item(), 1 - ratio(left.pow(2), output.pow(2)).item())
 
 
@@ -1495,7 +1498,7 @@ def figure_source_weights(study: Study):
 
 @figure(27, "how large the weight of each source is (ours)", tasks="rotating")
 def figure_weight_sizes(study: Study):
-    weights = read_weights(study, None, MAX_LENGTH, WHOLE // 3)
+    weights = read_weights(study, None, MAX_LENGTH, 2 * PER_C)
     title = f"which explain {weights.explained:.1%} of the output"
     canvas, panels = grid(1, 2, 10, 4.2, f"Source weights of {study.task_name} sequences, {title}")
     size, mean = weights.w.pow(2).mean(0).sqrt(), weights.w.mean(0)
@@ -1653,10 +1656,9 @@ def claim_one_knob(study: Study) -> Finding:
     for l in study.layers:
         name, (mean, directions, shares) = f"blocks.{l}.hook_attn_out", main_directions(study, l, 3)
         for k in (1, 2, 3) if l == 1 else (1,):
-            count, these = study.size if l == k == 1 else FEW, (name, mean, directions[:k])
-            for what, change in (("kept", interventions.keep_directions),
-                                 ("removed", interventions.remove_directions)):
-                arms[f"layer {l}: {k} {what}"] = study.errors(l, change(*these), count)
+            these, count = (name, mean, directions[:k]), study.size if l == k == 1 else FEW
+            arms[f"layer {l}: {k} kept"] = study.errors(l, interventions.keep_directions(*these), count)
+            arms[f"layer {l}: {k} removed"] = study.errors(l, interventions.remove_directions(*these), FEW)
         control[f"layer {l}: share of the variance along each"] = shares
         control[f"layer {l}: cosine of the first with what W_U reads"] = (directions[0] @ span).norm()
     control["that cosine by chance"] = (study.model.config.d_vocab / study.model.config.d_model) ** 0.5
@@ -1783,7 +1785,7 @@ def knob_shares(study: Study) -> dict[str, list[float]]:
     position 1 of the same sequence with a_0 and a_1 as long as in the other, "size of a_0" and "size of a_1"
     with only one of them, "favourite, size" key and value of the favourite with all vectors up to it so long.
     """
-    resid, count, favourite = "blocks.1.hook_resid_pre", max(10, study.size // 20), favourite_source(study)
+    resid, count, favourite = "blocks.1.hook_resid_pre", max(10, study.size // 25), favourite_source(study)
     k, v, pattern, z = (f"blocks.1.attn.hook_{name}" for name in ("k", "v", "pattern", "z"))
     both = []
     for low, high in ((0.2, 0.7), (1.5, 2.0)):
