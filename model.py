@@ -52,9 +52,8 @@ def check_settings(settings):
             raise ValueError(f"{f.name} must be a whole number of at least {1 - zero}, not {value!r}")
         if f.type is float and not (isinstance(value, (int, float)) and 0 <= value < math.inf
                                     and (value or zero)):
-            raise ValueError(
-                f"{f.name} must be a finite number {'of at least' if zero else 'above'} 0, not {value!r}"
-            )
+            least = "of at least 0" if zero else "above 0"
+            raise ValueError(f"{f.name} must be a finite number {least}, not {value!r}")
         if choices and value not in choices:
             raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
 
@@ -97,9 +96,8 @@ class Hooks:
             new = self.hooks[name](value)
             if not isinstance(new, Tensor) or new.shape != value.shape:
                 got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-                raise ValueError(
-                    f"the hook at {name} must return a tensor of shape {tuple(value.shape)}, not {got}"
-                )
+                wanted = f"a tensor of shape {tuple(value.shape)}"
+                raise ValueError(f"the hook at {name} must return {wanted}, not {got}")
             value = new
         if self.cache is not None:
             self.cache[name] = value
@@ -124,9 +122,8 @@ class LayerNorm(nn.Module):
         if not at.watches(f"{self.name}.hook_scale"):
             return at(f"{self.name}.hook_normalized", F.layer_norm(x, self.w.shape, self.w, self.b, self.eps))
         x = x - x.mean(-1, keepdim=True)
-        scale = at(
-            f"{self.name}.hook_scale", (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-        )  # [batch, pos, 1]
+        scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        scale = at(f"{self.name}.hook_scale", scale)  # [batch, pos, 1]
         return at(f"{self.name}.hook_normalized", x / scale * self.w + self.b)  # [batch, pos, d_model]
 
 

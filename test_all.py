@@ -1468,6 +1468,21 @@ class Analysis(TestCase):
         with predictions(lambda target, found: found["exact solver"]):  # which errs elsewhere
             self.assertLess(find(self.study()).values["two growths"], 0.5)
 
+    def test_the_knob_is_looked_for_at_the_position_that_layer_1_attends_to_most(self):
+        study = self.study()
+        pattern = study.activations["blocks.1.attn.hook_pattern"]
+        self.assertEqual(analyze.favourite_source(study), 1)  # in the weights that ship
+        pattern[:, :, 4:, 2] += 1
+        self.assertEqual(analyze.favourite_source(study), 2)
+        for favourite in (0, 1):
+            study = self.study()
+            with mock.patch.object(analyze, "favourite_source", lambda _: favourite):
+                shares, found = analyze.knob_shares(study), analyze.claim_knob_favourite(study)
+            self.assertEqual(shares["favourite"], shares[f"position {favourite}"])
+            self.assertEqual(shares["favourite, size"] == shares["size"], favourite == 1)
+            self.assertEqual(found.verdict, "reproduced" if favourite == 1 else "not reproduced")
+            self.assertGreater(min(shares["z"]), 0.5)
+
     def test_factors_of_all_components_are_those_of_all_weights(self):
         study = self.study()
         total = sum(fixed for fixed, _ in analyze.factors_by_component(study).values())

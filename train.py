@@ -83,9 +83,8 @@ class Options:
         if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
             raise ValueError(f"device must be cpu, cuda or cuda:N, not {self.device!r}")
         if kind == "cuda" and int(index or 0) >= (found := torch.cuda.device_count()):
-            raise ValueError(
-                f"device {self.device!r} is not there: torch finds {found} CUDA devices; use cpu"
-            )
+            there = f"torch finds {found} CUDA devices"
+            raise ValueError(f"device {self.device!r} is not there: {there}; use cpu")
 
 
 def from_settings(settings: dict) -> tuple[Options, Config]:
@@ -97,9 +96,8 @@ def from_settings(settings: dict) -> tuple[Options, Config]:
     options, config = (kind(**{name: settings[name] for name in known & settings.keys()})
                        for kind, known in zip((Options, Config), names))
     if config.n_ctx < data.MAX_LENGTH:
-        raise ValueError(
-            f"n_ctx must be at least {data.MAX_LENGTH}, the longest sequence, not {config.n_ctx}"
-        )
+        least = f"at least {data.MAX_LENGTH}, the longest sequence"
+        raise ValueError(f"n_ctx must be {least}, not {config.n_ctx}")
     return options, config
 
 
@@ -160,9 +158,8 @@ class Run:
             streams = f"whose random streams differ from those of {here}"
             raise ValueError(f"{path} was written on {there}, {streams}: resume with --device {there}")
         if state["step"] > self.options.steps:
-            raise ValueError(
-                f"{path} is already at step {state['step']:,}, beyond --steps {self.options.steps:,}"
-            )
+            there = f"{path} is already at step {state['step']:,}"
+            raise ValueError(f"{there}, beyond --steps {self.options.steps:,}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
         self.lengths.set_state(state["lengths"])
@@ -200,9 +197,8 @@ class Run:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
-                f"{self.options.out} is in use by a run that is still alive: stop it first"
-            ) from error
+            used = f"{self.options.out} is in use by a run that is still alive"
+            raise ValueError(f"{used}: stop it first") from error
         except OSError:
             pass  # nor has this file system
 
@@ -212,9 +208,8 @@ class Run:
     def check(self, value: float, what: str):
         if not math.isfinite(value):
             which = f"{what} is {value} (seed {self.options.seed})"
-            raise FloatingPointError(
-                f"{which}: the last good checkpoint is kept; try a smaller --lr, or without this seed"
-            )
+            then = "the last good checkpoint is kept; try a smaller --lr, or without this seed"
+            raise FloatingPointError(f"{which}: {then}")
 
 
 def adamw(parameters: list[torch.Tensor], options: Options) -> torch.optim.AdamW:
@@ -262,9 +257,8 @@ def open_run(settings: dict, resume: bool) -> Run:
         run.save()  # so that it can be resumed whenever it is killed, and a read-only folder shows now
         return run
     if not os.path.exists(checkpoint):
-        raise FileNotFoundError(
-            f"nothing to resume in {out}: it holds no checkpoint.pt; leave out --resume to start a run"
-        )
+        instead = "it holds no checkpoint.pt; leave out --resume to start a run"
+        raise FileNotFoundError(f"nothing to resume in {out}: {instead}")
     state = load_file(checkpoint, "checkpoint")
     run = Run(state.get("settings", {}) | settings_beside(checkpoint) | settings)
     run.lock()
@@ -526,9 +520,8 @@ def recorded_settings(runs: list[dict]) -> dict:
         checkpoint = os.path.join(settings.get("out", Options.out), "checkpoint.pt")
         if os.path.exists(checkpoint):
             return settings_beside(checkpoint)
-    raise FileNotFoundError(
-        f"nothing to resume in {os.path.dirname(runs[0]['out'])}: leave out --resume to start runs"
-    )
+    folder = os.path.dirname(runs[0]["out"])
+    raise FileNotFoundError(f"nothing to resume in {folder}: leave out --resume to start runs")
 
 
 def train_all(settings: list[dict], resume: bool, recorded: dict) -> bool:
