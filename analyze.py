@@ -30,6 +30,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import matplotlib
 
@@ -50,10 +51,10 @@ POPULATION = 1000  # sequences of 14 inputs, as in the paper (section 4.5)
 SMALL = 100  # sequences for the steps of a run, and half as many for an untrained model
 HELD_OUT_PER_LENGTH = 840  # 10,080 sequences over the 12 lengths
 EXAMPLES = 200  # alternating and other sequences for the attention of layer 2
-FEW = 150  # test sequences for ablations of single heads and for those that are only controls
+FEW = 250  # test sequences for ablations of single heads and for those that are only controls
 QK_DRAWS = 5  # random matrices for each arm of the pseudoinverse test
 RESAMPLES = 400  # of each bootstrap
-PER_C = 4  # sequences for each c at which source weights are read
+PER_C = 5  # sequences for each c at which source weights are read
 WHOLE = 40  # and where c is not chosen
 SAMPLES = "POPULATION SMALL HELD_OUT_PER_LENGTH EXAMPLES FEW QK_DRAWS RESAMPLES PER_C WHOLE".split()
 SCALE = "ln_final.hook_scale"
@@ -155,8 +156,7 @@ def quantiles(values: Tensor, *shares: float) -> list[float]:
 
 
 def interval(*values: Tensor, of: Callable[..., Tensor] = torch.mean) -> list[float]:
-    """95% interval of the statistic `of(*values)`, resampled over the first dimension, which is that of the
-    sequences."""
+    """95% interval of the statistic `of(*values)`, resampled over the first dimension, that of sequences."""
     count = len(values[0])
     draws = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
     return quantiles(torch.stack([of(*(v[picks] for v in values)) for picks in draws]), 0.025, 0.975)
@@ -217,14 +217,9 @@ class Study:
         """Other sequences, on which interventions are judged."""
         return self.draw("test")
 
-    @property
-    def alternating(self) -> data.Sample:
-        return self.draw("alternating", EXAMPLES, (-1.1, -0.9))
-
-    @property
-    def steady(self) -> data.Sample:
-        """The counterpart of the alternating sequences: equally long, with c near 1."""
-        return self.draw("steady", EXAMPLES, (0.9, 1.1))
+    def near(self, c: int) -> data.Sample:
+        """Sequences that alternate, c = -1, or their counterpart, c = 1: equally long."""
+        return self.draw("alternating" if c < 0 else "steady", EXAMPLES, (c - 0.1, c + 0.1))
 
     @functools.cached_property
     def untrained(self) -> "Study":
@@ -280,9 +275,10 @@ class Study:
         output = self.model.run_from(len(self.layers), stream, interventions.hold(kept))
         return squared_errors(output, self.test.a[: len(stream), 1:], self.task.first)
 
-    def errors(self, *intervention, **options) -> Tensor:
-        """`read_out` of `final_stream`."""
-        return self.read_out(self.final_stream(*intervention, **options))
+    def errors(self, layer: int, hooks: dict[str, Callable] | None = None, count: int | None = None,
+               model: Transformer | None = None) -> Tensor:
+        """MSE of each of the first `count` test sequences under an intervention, see `final_stream`."""
+        return self.read_out(self.final_stream(layer, hooks, count, model))
 
     @functools.cached_property
     def baseline(self) -> Tensor:
@@ -291,9 +287,8 @@ class Study:
 
     def compare(self, errors: Tensor) -> dict:
         """MSE of an arm, its ratio to the unchanged model's and the interval of their difference."""
-        usual = self.baseline[: len(errors)]
-        return {"mse": errors.mean(), "factor": errors.mean() / usual.mean(),
-                "difference": interval(errors - usual)}
+        return {"mse": errors.mean(), "factor": errors.mean() / self.baseline.mean(),
+                "difference": interval(errors - self.baseline)}
 
 
 def open_study(run: str, seed: int) -> Study:
@@ -515,7 +510,7 @@ def figure_out_of_distribution(study: Study):
                  for x in settings.values()]
         shares = {name: [mean[name] / mean["zero"] for mean in means] for name in means[0]}
         draw_errors(axes, list(settings), shares)
-        axes.set(xlabel=xlabel, xlim=(low, high), xscale="log" if 0 < high / low > 20 else "linear")
+        axes.set(xlabel=xlabel, xlim=(low, high), xscale="log" if high / low > 20 else "linear")
         for left, right in ((low, inside[0]), (inside[1], high)) if inside else ((low, high),):
             axes.axvspan(left, right, color="0.95", zorder=0)
     for axes in panels[:, 0]:
@@ -599,8 +594,7 @@ def claim_l2_checkerboard(study: Study) -> Finding:
     kind does not enter. Both in more than half of the heads; partly if the first is so in more than half of
     them, or both in at least two."""
     name, n_heads = "blocks.2.attn.hook_pattern", len(study.heads)
-    here, there = (alternation(study.record(s.a[:, :-1], name)[name])
-                   for s in (study.alternating, study.steady))
+    here, there = (alternation(study.record(study.near(c).a[:, :-1], name)[name]) for c in (-1, 1))
     shows = here["share"] >= 0.5
     both = int((shows & (there["share"] <= here["share"] / 2)).sum())
     control = {"heads that do": both, "c near 1": there["share"],
@@ -632,8 +626,9 @@ def draw_mean_patterns(study: Study, layer: int, score: Callable, what: str):
     return draw_patterns(pattern.mean(0), title, score(pattern), what)
 
 
-def draw_layer_2(study: Study, sample: data.Sample, c: float, kind: str):
-    i, name = pick(sample, c), "blocks.2.attn.hook_pattern"
+def draw_layer_2(study: Study, c: int, kind: str):
+    sample, name = study.near(c), "blocks.2.attn.hook_pattern"
+    i = pick(sample, c)
     pattern = study.record(sample.a[i : i + 1, :-1], name)[name]
     title = f"Layer 2 attention patterns on one {kind} sequence, c = {sample.c[i]:.2f}"
     return draw_patterns(pattern[0], title, alternation(pattern)["share"], "alternates")
@@ -651,18 +646,19 @@ def figure_attention_layer_1(study: Study):
 
 @figure(5, "layer 2 attention patterns, alternating sequence", layers=3)
 def figure_attention_layer_2_alternating(study: Study):
-    return draw_layer_2(study, study.alternating, -1.0, "alternating")
+    return draw_layer_2(study, -1, "alternating")
 
 
 @figure(6, "layer 2 attention patterns, non-alternating sequence", layers=3)
 def figure_attention_layer_2_other(study: Study):
-    return draw_layer_2(study, study.steady, 1.0, "non-alternating")
+    return draw_layer_2(study, 1, "non-alternating")
 
 
 @figure(18, "an attention pattern")
 def figure_attention_example(study: Study):
-    i, name = pick(study.alternating, -1.0), "blocks.0.attn.hook_pattern"
-    pattern = study.record(study.alternating.a[i : i + 1, :8], name)[name]
+    sample, name = study.near(-1), "blocks.0.attn.hook_pattern"
+    i = pick(sample, -1)
+    pattern = study.record(sample.a[i : i + 1, :8], name)[name]
     head = int(previous_token_score(pattern).argmax())
     canvas, axes = grid(1, 1, 5.4, 4.4, f"An attention pattern: layer 0, head {head}, one sequence")
     heat(axes, pattern[0, head], bar="attention")
@@ -724,8 +720,7 @@ def claim_dla_sign(study: Study) -> Finding:
     by_layer = {name: value.mean(1) for name, value in by_head.items()}
     goals = ("paper, next", "paper, step")
     signs = all(by_layer[goal][0] > 0 > by_layer[goal][2] for goal in goals)
-    sizes = [by_head[goal].abs().mean(1) for goal in goals]
-    silent = all(layers[1] <= 0.25 * layers.max() for layers in sizes)
+    silent = all(by_layer[goal][1].abs() <= 0.25 * by_layer[goal].abs().max() for goal in goals)
     values = {f"layer {l}": by_layer["paper, next"][l] for l in study.layers}
     control = {f"{name}, by layer": layers for name, layers in by_layer.items()}
     return Finding(by_head["paper, next"], verdict(signs and silent, signs), values, control)
@@ -772,16 +767,10 @@ def full_ov_circuit(model: Transformer, layer: int) -> Tensor:
     return model.embed.W_E @ ov_circuit(model, layer) @ model.unembed.W_U
 
 
-def full_qk_circuit(model: Transformer, layer: int) -> Tensor:
-    """W_E W_Q W_K^T W_E^T of each head, [n_heads, d_vocab, d_vocab]: between data vectors, no LayerNorm."""
-    return model.embed.W_E @ qk_circuit(model, layer) @ model.embed.W_E.T
-
-
 def outside_share(x: Tensor, W_E: Tensor) -> Tensor:
     """Share of the norm of x [..., d_model] outside the span of the rows of W_E, in [0, 1]."""
-    _, s, V_T = torch.linalg.svd(W_E, full_matrices=False)
-    V_T = V_T[s > s[0] * 1e-5]  # a basis of the span, also when the rows are dependent
-    return (x - x @ V_T.T @ V_T).norm(dim=-1) / x.norm(dim=-1)
+    projection = torch.linalg.pinv(W_E, rtol=1e-5) @ W_E  # also when the rows are dependent
+    return (x - x @ projection).norm(dim=-1) / x.norm(dim=-1)
 
 
 def random_vectors(study: Study) -> Tensor:
@@ -802,8 +791,8 @@ def copied(study: Study, resid: Tensor) -> tuple[Tensor, Tensor]:
 @once
 def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Slope, intercept and R^2 of what the OV circuits of layer 0 make of vectors, a line a vector, {reading:
-    three tensors [batch, pos]}; nan for data vectors shorter than 1, which after ln1 are mostly position
-    embedding.
+    three tensors [batch, pos], of all of layer 0 [batch, pos - 2]}; nan for data vectors shorter than 1,
+    which after ln1 are mostly position embedding.
 
     The measured reading, "data vectors", is the points (a_d, (ln1(x) OV W_U)_d) over the data dimensions.
     """
@@ -892,11 +881,11 @@ def claim_l0_orthogonal(study: Study) -> Finding:
     ov, x = ov_circuit(study.model, 0).sum(0), random_vectors(study)
     x = x - x.mean(-1, keepdim=True)  # as all that a folded model writes
     share, chance = outside_share(resid @ ov, W_E), outside_share(x, W_E).mean()
-    measured, found = share.mean(), interval(share)
+    measured = share.mean()
     near = abs(measured - 0.8415) <= 0.05
     values = {"OV x": measured, "random direction": chance}
     control = {"OV of random vectors": outside_share(x @ ov, W_E).mean()}
-    return Finding(measured, verdict(near and found[0] > chance, near), values, control, found)
+    return Finding(measured, verdict(near and measured > chance, near), values, control, interval(share))
 
 
 def scatter_fit(axes, x: Tensor, y: Tensor, title: str, xlabel: str, ylabel: str):
@@ -979,9 +968,9 @@ def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
     """MSE of test sequences with a part of the model ablated, {part: {kind: [size] or [FEW]}}. The parts are
     all heads of a layer, "layer 1 heads", its MLP, "layer 1 MLP", and "head 1.0", FEW sequences for that.
 
-    "mean" is at each position, "mean over positions" one vector for all, "zero" leaves b_O (with the folded
-    value biases); these two on FEW sequences. "mean, clean scale" gives ln_final the scale it has without the
-    ablation; "scale alone" is the unchanged model with only the scale of the mean-ablated one.
+    "mean" is at each position, "mean over positions" one vector for all (not for single heads), "zero" leaves
+    b_O (with the folded value biases); these two on FEW sequences. "mean, clean scale" gives ln_final the
+    scale it has without the ablation; "scale alone" is the unchanged model with the scale of the ablated one.
     """
     values = {"mean": interventions.mean_outputs(study.activations),
               "mean over positions": interventions.mean_outputs(study.activations, over_positions=True),
@@ -1004,9 +993,10 @@ def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def factors(study: Study, part: str) -> dict[str, Tensor]:
-    """The MSE under each ablation of a part, relative to the unchanged model on the same sequences."""
-    return {kind: e.mean() / study.baseline[: len(e)].mean() for kind, e in ablations(study)[part].items()}
+def factors(study: Study) -> dict[str, dict[str, Tensor]]:
+    """The MSE under each of the `ablations`, relative to the unchanged model on the same sequences."""
+    relative = lambda errors: errors.mean() / study.baseline[: len(errors)].mean()
+    return {part: {kind: relative(e) for kind, e in arms.items()} for part, arms in ablations(study).items()}
 
 
 @claim("MSE with all layer 1 heads mean-ablated, from 1e-4", 2e-4, 4, "MSE / unchanged", 2, tasks="any")
@@ -1014,8 +1004,7 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
     """Means at each position over the population, MSE on other sequences. All heads of layer 1 at once
     multiply it by at most 4 (the paper's factor is 2); partly if only in one of the two other readings, every
     head by itself, or all at once with ln_final's scale held at its clean value."""
-    errors, found = (ablations(study)["layer 1 heads"]["mean"],
-                     {part: factors(study, part) for part in ablations(study)})
+    errors, found = ablations(study)["layer 1 heads"]["mean"], factors(study)
     together, held = (found["layer 1 heads"][kind] for kind in ("mean", "mean, clean scale"))
     worst = max(found[f"head 1.{h}"]["mean"] for h in study.heads)
     values = {"all heads": together, "clean scale": held, "worst single head": worst}
@@ -1102,12 +1091,12 @@ def full_eigenvalue_scores(model: Transformer) -> Tensor:
     return torch.stack([eigenvalue_score(full_ov_circuit(model, l)) for l in range(model.config.n_layers)])
 
 
-def identity_finding(study: Study, circuit: Callable, full_circuit: Callable, sign: int) -> Finding:
+def identity_finding(study: Study, circuit: Callable, sign: int) -> Finding:
     cosines = [identity_cosine(circuit(study.model, l)) for l in study.layers]
     heads, n_heads = int((sign * cosines[2] >= 0.25).sum()), len(study.heads)
-    control = {"heads that do": heads, "between data vectors": identity_cosine(full_circuit(study.model, 2))}
     values = {f"layer {l}": cosines[l].mean() for l in (2, 1, 0)}
-    return Finding(cosines[2], verdict(heads == n_heads, heads > n_heads / 2), values, control)
+    how = verdict(heads == n_heads, heads > n_heads / 2)
+    return Finding(cosines[2], how, values, {"heads that do": heads})
 
 
 @claim("OV is like -I in every layer 2 head", "yes", 12, "cosine with I", 3, tasks="any")
@@ -1115,14 +1104,14 @@ def claim_l2_ov_identity(study: Study) -> Finding:
     """Cosine between W_V W_O and I. At most -0.25 in every head, which is where the diagonal of a 128 x 128
     matrix stands three standard deviations out from the other entries, a stripe; partly in more than half of
     them."""
-    return identity_finding(study, ov_circuit, full_ov_circuit, -1)
+    return identity_finding(study, ov_circuit, -1)
 
 
 @claim("QK is like +I in every layer 2 head", "yes", 13, "cosine with I", 3, tasks="any")
 def claim_l2_qk_identity(study: Study) -> Finding:
     """Cosine between W_Q W_K^T and I. At least 0.25 in every head, where the diagonal is a stripe; partly in
     more than half of them."""
-    return identity_finding(study, qk_circuit, full_qk_circuit, +1)
+    return identity_finding(study, qk_circuit, +1)
 
 
 @figure(12, "OV of layer 2 head 0", layers=3, tasks="any")
@@ -1218,30 +1207,25 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
     unchanged MSE (the paper's 1e-4 stays 1e-4), and attention that knows nothing, uniform or of random W_Q
     and W_K of the trained norm, both do more harm (the interval of the difference is above 0), without which
     the first would say nothing about QK; partly if only one of the two holds."""
-    model, everyone = study.model, list(study.heads)
-    heads = everyone[:5]
+    model, heads = study.model, list(study.heads)[:5]
 
-    def replaced(change: Callable, purpose: str, heads: list[int], count: int | None = None) -> Tensor:
+    def replaced(change: Callable, purpose: str) -> Tensor:  # mean over random matrices, [size]
         generator = study.generator(purpose)
-        return torch.stack([study.errors(2, count=count, model=change(model, 2, heads, generator))
-                            for _ in range(QK_DRAWS)])  # [draws, size or count]
+        draws = (study.errors(2, model=change(model, 2, heads, generator)) for _ in range(QK_DRAWS))
+        return torch.stack(list(draws)).mean(0)
 
     mean = interventions.mean_outputs(study.activations)
-    draws = replaced(interventions.pseudoinverse_qk, f"pinv {heads}", heads)
-    arms = {"pseudoinverse": draws.mean(0),
+    arms = {"pseudoinverse": replaced(interventions.pseudoinverse_qk, f"pinv {heads}"),
             "uniform": study.errors(2, model=interventions.replace_qk(model, 2, heads, 0.0, 0.0)),
-            "random": replaced(interventions.random_qk, "random qk", heads).mean(0),
+            "random": replaced(interventions.random_qk, "random qk"),
             "mean ablation": study.errors(2, interventions.replace_outputs(mean, [(2, h) for h in heads]))}
-    everywhere = replaced(interventions.pseudoinverse_qk, f"pinv {everyone}", everyone, FEW)
     gaps = {name: interval(arms[name] - arms["pseudoinverse"]) for name in ("uniform", "random")}
     control = {name: study.compare(errors) for name, errors in arms.items()}
     values = {name: found["factor"] for name, found in control.items()}
     control |= {f"{name} less pseudoinverse, interval": gap for name, gap in gaps.items()}
-    control |= {"MSE of each draw": draws.mean(1),
-                "pseudoinverse in all heads": study.compare(everywhere.mean(0))}
     unchanged, telling = values["pseudoinverse"] <= 1.5, all(low > 0 for low, _ in gaps.values())
     how = verdict(unchanged and telling, unchanged or telling)
-    return Finding(draws.mean(), how, values, control, interval(arms["pseudoinverse"]))
+    return Finding(arms["pseudoinverse"].mean(), how, values, control, interval(arms["pseudoinverse"]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1343,6 +1327,7 @@ def figure_estimate(study: Study):
 # moves by w_s v.
 
 SIZES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2, 1.35, 1.5, 1.65, 1.8, 2.0)  # |c| at which weights are read
+CS = sorted([*SIZES, *(-size for size in SIZES)])
 TAKEN_AT = (1.2, 1.5, 1.8)  # and at which each component's are
 KINDS = ("recurrence", "interleaved", "two fixed points", "two growths")  # of `data.interleaved`
 
@@ -1350,10 +1335,9 @@ KINDS = ("recurrence", "interleaved", "two fixed points", "two growths")  # of `
 def off_plane(x: Tensor, generator: torch.Generator, count: int) -> Tensor:
     """Random unit vectors orthogonal to all vectors of each sequence x [batch, pos, d_vocab]: [count, batch,
     d_vocab]. The sequences must span less than d_vocab dimensions; an affine recurrence spans two."""
-    _, s, V = torch.linalg.svd(x, full_matrices=False)
-    V = V * (s > 1e-6 * s[:, :1])[..., None]  # [batch, rank, d_vocab]
+    projection = torch.linalg.pinv(x, rtol=1e-6) @ x  # [batch, d_vocab, d_vocab]
     v = torch.randn(count, len(x), x.shape[-1], generator=generator, dtype=x.dtype)
-    v = v - torch.einsum("nbv,brv,brw->nbw", v, V, V)
+    v = v - torch.einsum("nbv,bvw->nbw", v, projection)
     return v / v.norm(dim=-1, keepdim=True)
 
 
@@ -1374,31 +1358,34 @@ class Weights:
     """Source weights of some sequences with one c."""
 
     sample: data.Sample  # in float64
-    w: Tensor  # [batch, dest, src]
+    w: Tensor  # [batch, dest, src], mean over two directions
     spread: float  # standard deviation over directions, relative to w: 0 if the model is equivariant
     explained: float  # share of the squared output that sum_s w_s a_s explains, from the first position on
 
 
 @once
 def read_weights(study: Study, c: float | None = None, length: int = MAX_LENGTH,
-                 count: int = PER_C) -> Weights:
-    """Source weights of `count` sequences (fewer in a small study) at one c, or drawn as in training; c and
-    -c get the same a_0 and d, but for their normalisation. Some are read in two directions."""
-    generator, count = study.generator(f"weights {abs(c or 0)}"), max(1, count * study.size // POPULATION)
+                 count: int = 0) -> Weights:
+    """Source weights of `count` sequences, 0 for PER_C (fewer in a small study), at one c, or drawn as in
+    training; c and -c get the same a_0 and d, but for their normalisation."""
+    generator = study.generator(f"weights {abs(c or 0)}")
+    count = max(1, (count or PER_C) * study.size // POPULATION)
     c_range = (-2.0, 2.0) if c is None else (c, c)
     sample = study.sample(count, length, generator, c_range, dtype=torch.float64)
     x, first = sample.a[:, :-1], study.task.first
-    v, few = off_plane(x, generator, 2), slice(-(-count // 4))
-    w, output = source_weights(study.exact, x, v[0]), study.exact(x)[:, first:]
-    other = source_weights(study.exact, x[few], v[1, few])
+    one, other = (source_weights(study.exact, x, v) for v in off_plane(x, generator, 2))
+    w, output = (one + other) / 2, study.exact(x)[:, first:]
     left = output - torch.einsum("bns,bsv->bnv", w, x)[:, first:]
-    spread = ((w[few] - other).pow(2).mean() / 2 / w[few].pow(2).mean()).sqrt()
+    spread = ((one - other).pow(2).mean() / 2 / w.pow(2).mean()).sqrt()
     return Weights(sample, w, spread.item(), 1 - ratio(left.pow(2), output.pow(2)).item())
 
 
-def weights_by_c(study: Study) -> dict[float, Weights]:
-    """Source weights for every c in +-SIZES."""
-    return {sign * size: read_weights(study, sign * size) for size in SIZES for sign in (-1, 1)}
+def weights_by_c(study: Study) -> tuple[Tensor, Tensor, Tensor]:
+    """For every c in CS the source weights, [sequence, c, dest, src], and the share of the output that they
+    explain, [c]; and their mean spread."""
+    found = [read_weights(study, c) for c in CS]
+    explained, spread = torch.tensor([(each.explained, each.spread) for each in found]).T
+    return torch.stack([each.w for each in found], 1), explained, spread.mean()
 
 
 def strides(w: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -1417,20 +1404,19 @@ def strides(w: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor]:
 def claim_source_weights(study: Study) -> Finding:
     """1 - |output - sum_s w_s a_s|^2 / |output|^2 over positions 2 to 13, by |c|, mean over both signs. At
     least 0.95 at every |c| up to 1.5; partly at least 0.8."""
-    found = weights_by_c(study)
-    explained = torch.tensor([[found[sign * size].explained for sign in (1, -1)] for size in SIZES]).mean(1)
+    _, explained, spread = weights_by_c(study)
+    explained = (explained + explained.flip(0))[len(SIZES) :] / 2
     usual = explained[torch.tensor(SIZES) <= 1.5]
     values = {"mean, |c| up to 1.5": usual.mean(), "lowest": usual.min()}
-    spread = np.mean([weights.spread for weights in found.values()])
     control = {"|c|": SIZES, "how far w differs between directions v, relative": spread}
     return Finding(explained, verdict(usual.min() >= 0.95, usual.min() >= 0.8), values, control)
 
 
 def strong_strides(study: Study) -> tuple[Tensor, Tensor, Tensor]:
     """Where |c| is 0.9 to 2: A / c^2, B / c and the sum of all weights, [sequence, c, dest] each."""
-    found = {c: weights.w for c, weights in weights_by_c(study).items() if abs(c) >= 0.9}
-    parts = [(*strides(w, c), w.sum(-1)) for c, w in found.items()]
-    return tuple(torch.stack(part, 1) for part in zip(*parts))
+    c = torch.tensor(CS, dtype=torch.double)
+    w = weights_by_c(study)[0][:, c.abs() >= 0.9]
+    return *strides(w, c[c.abs() >= 0.9]), w.sum(-1)
 
 
 @claim("two steps at once: A is c^2 and B is 0 for |c| from 0.9 to 2", None, 22, "share of a_{n+1} - a*")
@@ -1445,11 +1431,12 @@ def claim_two_steps(study: Study) -> Finding:
     control = {"mean |A / c^2 - 1|": off_A, "mean |B / c|": off_B,
                "A / c^2, position 2 to 13": A[:, 2:].mean(0), "B / c, position 2 to 13": B[:, 2:].mean(0),
                "sum of all weights": total[:, 5:].mean()}
-    for length in (4, 6, 14):
-        short = [strides(read_weights(study, c, length).w, c)[0][:, 3].mean() for c in (1.5, -1.5)]
-        control[f"A / c^2 at position 3 of {length} inputs, c = 1.5 and -1.5"] = short
+    for length in ((4,), (6,), ()):
+        early = [strides(read_weights(study, c, *length).w, c)[0][:, 3].mean() for c in (1.5, -1.5)]
+        control[f"A / c^2 at position 3 of {(*length, 14)[0]} inputs, c = 1.5 and -1.5"] = early
     how = verdict(worst <= 0.15, worst <= 0.3)
-    return Finding(values["A / c^2"], how, values, control, interval(each[0][..., 5:]))
+    found = interval(each[0][..., 5:].flatten(0, 1))  # over sequences and c
+    return Finding(values["A / c^2"], how, values, control, found)
 
 
 @claim("the weights for c and -c are the same: the model uses |c|, not c", None, 22, "ratio")
@@ -1458,37 +1445,35 @@ def claim_blind_to_sign(study: Study) -> Finding:
     mean over |c|, both as root mean squares over |c|, positions 3 to 13 and sources, where the weights
     explain the output (`source_weights` at least partly). At most a quarter; partly at most a half. A
     one-step rule, w_n = 1 + c and w_{n-1} = -c, has no part that is even but the constant."""
-    found = weights_by_c(study)
-    w = [torch.stack([found[sign * size].w[:, 3:] for size in SIZES], 1) for sign in (1, -1)]
+    w = weights_by_c(study)[0].mean(0)[:, 3:]  # [c, dest, src]
+    w = [each[len(SIZES) :] for each in (w, w.flip(0))]  # of c and of -c, by |c|
 
-    def by_c(plus: Tensor, minus: Tensor) -> Tensor:  # [sequence, |c|, dest, src] -> [|c|]
-        even, odd = (plus + minus).mean(0) / 2, (plus - minus).mean(0) / 2
+    def by_c(plus: Tensor, minus: Tensor) -> Tensor:  # [|c|, dest, src] -> [|c|]
+        even, odd = (plus + minus) / 2, (plus - minus) / 2
         return odd.pow(2).mean((1, 2)).sqrt() / (even - even.mean(0)).pow(2).mean().sqrt()
 
     whole = lambda *w: by_c(*w).pow(2).mean().sqrt()
-    measured, explains = whole(*w), min(f.explained for c, f in found.items() if abs(c) <= 1.5) >= 0.8
+    measured, explains = whole(*w), claim_source_weights(study).verdict != "not reproduced"
     how = verdict(measured <= 0.25 and explains, measured <= 0.5 and explains)
     control = {"|c|": SIZES, "by |c|": by_c(*w)}
-    return Finding(measured, how, {"ratio": measured}, control, interval(*w, of=whole))
+    return Finding(measured, how, {"ratio": measured}, control, interval(*w, of=whole))  # over |c|
 
 
 @figure(22, "the weight of each source against c (ours)")
 def figure_source_weights(study: Study):
     title = "What the model computes: the prediction at n is $\\Sigma_s\\,w_s\\,a_s$"
     canvas, panels = grid(1, 2, 10.5, 4.6, title, sharey=True)
-    found = weights_by_c(study)
-    cs = sorted(found)
-    squares = torch.tensor(cs) ** 2
+    squares = torch.tensor(CS) ** 2
     for axes, n in zip(panels, (6, 10)):
-        w = torch.stack([found[c].w.mean(0)[n, : n + 1] for c in cs])  # [c, src]
-        axes.plot(cs, squares, color="black", ls="--", lw=1, label="two-step rule: $c^2$ on $a_{n-1}$")
-        axes.plot(cs, 1 - squares, color="black", ls=":", lw=1, label="and $1 - c^2$ on the rest together")
-        axes.plot(cs, w[:, n - 1], color=MODEL, marker=".", lw=2, label="$a_{n-1}$")
-        axes.plot(cs, w.sum(1) - w[:, n - 1], color=LENS, marker=".", lw=2, label="all others together")
-        axes.plot(cs, w[:, n], color=TRUTH, marker=".", label="$a_n$")
+        w = weights_by_c(study)[0].mean(0)[:, n, : n + 1]  # [c, src]
+        axes.plot(CS, squares, color="black", ls="--", lw=1, label="two-step rule: $c^2$ on $a_{n-1}$")
+        axes.plot(CS, 1 - squares, color="black", ls=":", lw=1, label="and $1 - c^2$ on the rest together")
+        axes.plot(CS, w[:, n - 1], color=MODEL, marker=".", lw=2, label="$a_{n-1}$")
+        axes.plot(CS, w.sum(1) - w[:, n - 1], color=LENS, marker=".", lw=2, label="all others together")
+        axes.plot(CS, w[:, n], color=TRUTH, marker=".", label="$a_n$")
         for s in range(n - 1):
             label = {0: "$a_0$", n - 2: "$a_{n-2}$"}.get(s)
-            axes.plot(cs, w[:, s], color=plt.get_cmap("viridis")(s / (n - 1)), lw=0.8, label=label)
+            axes.plot(CS, w[:, s], color=plt.get_cmap("viridis")(s / (n - 1)), lw=0.8, label=label)
         axes.axhline(0, color="0.8", zorder=0)
         axes.set(title=f"position n = {n}", xlabel="c")
     panels[0].set_ylabel("weight $w_s$")
@@ -1498,7 +1483,7 @@ def figure_source_weights(study: Study):
 
 @figure(27, "how large the weight of each source is (ours)", tasks="rotating")
 def figure_weight_sizes(study: Study):
-    weights = read_weights(study, None, MAX_LENGTH, 2 * PER_C)
+    weights = read_weights(study, None, MAX_LENGTH, WHOLE // 3)
     title = f"which explain {weights.explained:.1%} of the output"
     canvas, panels = grid(1, 2, 10, 4.2, f"Source weights of {study.task_name} sequences, {title}")
     size, mean = weights.w.pow(2).mean(0).sqrt(), weights.w.mean(0)
@@ -1596,8 +1581,7 @@ def claim_gain_control(study: Study) -> Finding:
     alone does to an unchanged one. For layer 1's heads goes at least 0.8 and comes back at least 0.5, and for
     those of layers 0 and 2 both are below 0.5; partly if so for layer 1 only."""
     shares = {}  # {part: (goes, comes back)}
-    for part in ablations(study):
-        arms = factors(study, part)
+    for part, arms in factors(study).items():
         damage, held, alone = (arms[kind] - 1 for kind in ("mean", "mean, clean scale", "scale alone"))
         shares[part] = (1 - held / damage, alone / damage)
     goes, back = shares["layer 1 heads"]
@@ -1658,7 +1642,7 @@ def claim_one_knob(study: Study) -> Finding:
         for k in (1, 2, 3) if l == 1 else (1,):
             these, count = (name, mean, directions[:k]), study.size if l == k == 1 else FEW
             arms[f"layer {l}: {k} kept"] = study.errors(l, interventions.keep_directions(*these), count)
-            arms[f"layer {l}: {k} removed"] = study.errors(l, interventions.remove_directions(*these), FEW)
+            arms[f"layer {l}: {k} removed"] = study.errors(l, interventions.remove_directions(*these), count)
         control[f"layer {l}: share of the variance along each"] = shares
         control[f"layer {l}: cosine of the first with what W_U reads"] = (directions[0] @ span).norm()
     control["that cosine by chance"] = (study.model.config.d_vocab / study.model.config.d_model) ** 0.5
@@ -1785,7 +1769,7 @@ def knob_shares(study: Study) -> dict[str, list[float]]:
     position 1 of the same sequence with a_0 and a_1 as long as in the other, "size of a_0" and "size of a_1"
     with only one of them, "favourite, size" key and value of the favourite with all vectors up to it so long.
     """
-    resid, count, favourite = "blocks.1.hook_resid_pre", max(10, study.size // 25), favourite_source(study)
+    resid, count, favourite = "blocks.1.hook_resid_pre", max(10, study.size // 20), favourite_source(study)
     k, v, pattern, z = (f"blocks.1.attn.hook_{name}" for name in ("k", "v", "pattern", "z"))
     both = []
     for low, high in ((0.2, 0.7), (1.5, 2.0)):
@@ -1820,7 +1804,7 @@ def knob_finding(study: Study, position: int, read: str, size: str, control: dic
     """Whether the knob follows what layer 1 `read` at a position, and its `size`, names of `knob_shares`."""
     shares = knob_shares(study)
     places = [*(f"position {s}" for s in range(5)), "positions 5 to 13"]
-    others = [shares[name] for s, name in enumerate(places) if s != min(position, 5)]
+    others = [shares[name] for name in places if name != f"position {position}"]
     first = all(shares[read][i] >= max(0.5, *(other[i] for other in others)) for i in (0, 1))
     values = {f"{name}, to {kind}": shares[name][i] for name in (read, size)
               for i, kind in ((0, "growing"), (1, "decaying"))}
@@ -1861,11 +1845,12 @@ def figure_knob(study: Study):
         panels[0].axvline(x, color=color, lw=0.8)
     panels[0].set_xlabel("share of the change of ln_final's log scale that follows")
     panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    attention = study.activations["blocks.1.attn.hook_pattern"][:, :, 6, favourite].mean(1)
+    attention = study.activations["blocks.1.attn.hook_pattern"][:, :, -1, favourite].mean(1)
     size, c = study.population.a[:, favourite].norm(dim=-1), study.population.c.abs()
     canvas.colorbar(panels[1].scatter(size, attention, c=c, s=6, cmap="viridis"), ax=panels[1], label="|c|")
-    panels[1].set(xlabel=f"norm of $a_{favourite}$", ylabel=f"attention of layer 1 to position {favourite}")
-    panels[1].set_title("at position 6, mean over heads, a dot a sequence")
+    panels[1].set(title="from the last position, mean over heads, a dot a sequence",
+                  xlabel=f"norm of $a_{{{favourite}}}$",
+                  ylabel=f"attention of layer 1 to position {favourite}")
     return canvas
 
 
@@ -1941,11 +1926,11 @@ def depth_results(study: Study) -> dict:
     found = {"layers": len(study.layers), "MSE, all lengths": claim_mse(study).measured,
              "MSE, 14 inputs": errors["model"].mean(), "A / c^2": A[..., 5:].mean(),
              "B / c": B[..., 5:].mean(),
-             "explained by source weights": claim_source_weights(study).values["mean, |c| up to 1.5"],
+             "explained, |c| up to 1.5": claim_source_weights(study).values["mean, |c| up to 1.5"],
              "interleaved: unexplained share": claim_interleaved(study).measured}
-    for part in ablations(study):
+    for part, arms in factors(study).items():
         if part.startswith("layer"):
-            both = [factors(study, part)[kind] for kind in ("mean", "mean, clean scale")]
+            both = [arms["mean"], arms["mean, clean scale"]]
             found[f"{part} ablated, and with the clean scale: MSE / unchanged"] = both
     for name, (fixed, _) in factors_by_component(study).items():
         found[f"{name}: factor on a* at |c| = {', '.join(map(str, TAKEN_AT))}"] = fixed
@@ -1989,6 +1974,7 @@ def survey(kind: str, folder: str, seed: int, out: str):
     if not paths:
         raise FileNotFoundError(f"there is no run in {os.path.join(folder, '*')}: train some with train.py")
     studies = {run: open_study(run, seed) for run in map(os.path.dirname, paths)}
+    studies = dict(sorted(studies.items(), key=lambda item: len(item[1].layers)))
     for run, study in studies.items():
         if tasks not in study.kinds:
             raise ValueError(f"--{kind} is about {tasks} recurrences, but {run} learnt {study.task_name}")
@@ -2037,7 +2023,9 @@ def measure_run(run: str, seed: int, progress: "Progress", steps: dict[int, str]
     if found.get("meta") == described:
         progress.total -= len(CLAIMS) + len(steps)
         return found
-    claims, followed = measure(study, applicable(CLAIMS, study), progress, f"{name} "), {}
+    chosen, followed = applicable(CLAIMS, study), {}
+    progress.total -= len(CLAIMS) - len(chosen)
+    claims = measure(study, chosen, progress, f"{name} ")
     for step, weights in steps.items():
         progress.next(f"{name} step {step:,}")
         followed[str(step)] = course(Study(load_weights(weights), seed, SMALL, study.log, study.task_name))
@@ -2165,7 +2153,7 @@ SEEDS_INTRO = """\
 
 Written by `python analyze.py --seeds`; the rules are in `results.md`. A setting is the activation and the
 standard deviation of the initial weights. In bold: reproduced / partly / not. Values: mean over seeds
-(standard deviation): each seed.
+(standard deviation): each seed, in the order in which they stand here.
 """
 
 
@@ -2179,10 +2167,11 @@ def seeds_markdown(settings: dict[str, dict]) -> str:
             counts = " / ".join(map(str, count_verdicts(each["verdicts"].values()).values()))
             values = [f"{label}: {short(group['mean'])} ({short(group['sd'])}): {short(group['seeds'])}"
                       for label, group in each["values"].items()]
-            rows[-1].append("<br>".join([f"**{counts}**", *values]))
+            rows[-1].append("<br>".join([f"**{counts}**", *values]) if values else "-")
         fresh = (f"{label}: {short(group['untrained'])}" for label, group in found["values"].items())
         rows[-1].append("<br>".join(fresh))
-    lines = [SEEDS_INTRO, *table(["claim", "paper", "unit", *settings, "untrained"], rows)]
+    lines = [SEEDS_INTRO, *(f"{name}: {', '.join(found['runs'])}  " for name, found in settings.items()), ""]
+    lines += table(["claim", "paper", "unit", *settings, "untrained"], rows)
     if courses := first["course"]:
         count = lambda found: f"{holding(found, False)} + {holding(found, True)}" if found else "-"
         rows = ([f"{int(step):,}", *(count(steps.get(step)) for steps in courses.values())]
@@ -2310,11 +2299,7 @@ def applicable(entries: dict, study: Study) -> list:
 
 def digest(*paths: str) -> str:
     """SHA-256 of files, one after the other."""
-    sha = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as f:
-            sha.update(f.read())
-    return sha.hexdigest()
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
 
 
 def meta(study: Study, run: str) -> dict:
