@@ -1759,10 +1759,11 @@ def favourite_source(study: Study) -> int:
 
 
 @once
-def knob_shares(study: Study) -> dict[str, list[float]]:
+def knob_shares(study: Study, low: tuple[float, float] = (0.2, 0.7),
+                high: tuple[float, float] = (1.5, 2.0)) -> dict[str, list[float]]:
     """What turns the knob: {what layer 1 is given of other sequences: share of the change of ln_final's log
-    scale that follows}, for decaying sequences (|c| 0.2 to 0.7) given something of growing ones (1.5 to 2),
-    and the other way round.
+    scale that follows}, for sequences with |c| in the range `low`, by default decaying, given something of
+    those in `high`, and the other way round.
 
     "z" is all that the heads read; "pattern" and "values" one of its two factors; "position s" key and value
     of one source position, "favourite" of the one that layer 1 attends to most; "size" key and value of
@@ -1772,8 +1773,8 @@ def knob_shares(study: Study) -> dict[str, list[float]]:
     resid, count, favourite = "blocks.1.hook_resid_pre", max(10, study.size // 20), favourite_source(study)
     k, v, pattern, z = (f"blocks.1.attn.hook_{name}" for name in ("k", "v", "pattern", "z"))
     both = []
-    for low, high in ((0.2, 0.7), (1.5, 2.0)):
-        generator, ranges = study.generator(f"knob {low}"), ((low, high), (-high, -low))
+    for least, most in (low, high):
+        generator, ranges = study.generator(f"knob {least}"), ((least, most), (-most, -least))
         both.append(torch.cat([study.sample(count, MAX_LENGTH, generator, r).a[:, :-1] for r in ranges]))
     shares: dict[str, list[float]] = {}
     for own, other in (both, both[::-1]):
@@ -1826,8 +1827,11 @@ def claim_knob_favourite(study: Study) -> Finding:
     least half of the change of the log scale follows layer 1's key and value of it alone, and more than those
     of any other of positions 0 to 4, or of 5 to 13 together; and at least half follows the size of the
     vectors up to it, seen through it alone. Partly if only the first."""
-    favourite = favourite_source(study)
-    return knob_finding(study, favourite, "favourite", "favourite, size", {"favourite position": favourite})
+    control = {"favourite position": favourite_source(study)}
+    growing = knob_shares(study, (1.1, 1.3), (1.7, 2.0))
+    control |= {f"|c| 1.1 to 1.3 given of 1.7 to 2, and back: {name}": growing[name]
+                for name in ("z", "favourite", "favourite, size", "positions 5 to 13")}
+    return knob_finding(study, control["favourite position"], "favourite", "favourite, size", control)
 
 
 @figure(26, "what turns the knob (ours)", layers=2)
