@@ -29,7 +29,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
@@ -1827,11 +1827,11 @@ def claim_knob_favourite(study: Study) -> Finding:
     least half of the change of the log scale follows layer 1's key and value of it alone, and more than those
     of any other of positions 0 to 4, or of 5 to 13 together; and at least half follows the size of the
     vectors up to it, seen through it alone. Partly if only the first."""
-    control = {"favourite position": favourite_source(study)}
-    growing = knob_shares(study, (1.1, 1.3), (1.7, 2.0))
-    control |= {f"|c| 1.1 to 1.3 given of 1.7 to 2, and back: {name}": growing[name]
-                for name in ("z", "favourite", "favourite, size", "positions 5 to 13")}
-    return knob_finding(study, control["favourite position"], "favourite", "favourite, size", control)
+    favourite, growing = favourite_source(study), knob_shares(study, (1.1, 1.3), (1.7, 2.0))
+    control = {f"|c| 1.1 to 1.3 given of 1.7 to 2, and back: {name}": growing[name]
+               for name in ("z", "favourite", "favourite, size", "positions 5 to 13")}
+    found = knob_finding(study, favourite, "favourite", "favourite, size", control)
+    return replace(found, values={"its position": favourite} | found.values)
 
 
 @figure(26, "what turns the knob (ours)", layers=2)
