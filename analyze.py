@@ -45,7 +45,7 @@ import data
 import interventions
 from data import FIRST_POSITION, MAX_LENGTH, MIN_LENGTH
 from model import Transformer, fold, load_file, load_weights, replacing, save_json, settings_beside
-from train import CommandLine, Line, whole_number
+from train import CommandLine, Line, from_settings, whole_number
 
 POPULATION = 1000  # sequences of 14 inputs, as in the paper (section 4.5)
 SMALL = 100  # sequences for the steps of a run, and half as many for an untrained model
@@ -297,8 +297,8 @@ def open_study(run: str, seed: int) -> Study:
         wanted = "give one with weights.pt and log.csv, such as weights"
         raise FileNotFoundError(f"there is no run folder {run}: {wanted}")
     weights = os.path.join(run, "weights.pt")
-    task = settings_beside(weights).get("task", "affine")
-    return Study(load_weights(weights), seed, log=read_log(os.path.join(run, "log.csv")), task=task)
+    options, _ = from_settings(settings_beside(weights))  # which knows every name that config.json may hold
+    return Study(load_weights(weights), seed, log=read_log(os.path.join(run, "log.csv")), task=options.task)
 
 
 def read_log(path: str) -> dict[str, np.ndarray]:

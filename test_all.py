@@ -1740,6 +1740,12 @@ class Analysis(TestCase):
         refused(1, "blocks.2", "--all", "--run", run)
         model.save_file(model.Transformer().state_dict(), os.path.join(run, "weights.pt"))
         refused(1, "no training log", "--all", "--run", run)
+        for config, says in (('{"n_layer": 3}', "no setting 'n_layer'"), ('{"n_layers"', "damaged"),
+                             ('{"n_layers": 2}', "blocks.2"), ('{"task": "cubic"}', "task must be one of")):
+            with open(os.path.join(run, "config.json"), "w") as f:
+                f.write(config)
+            refused(1, says, "--all", "--run", run)
+        os.remove(os.path.join(run, "config.json"))
         for garbage in ("", "step,loss,eval_mse,seconds\n", "a,b\n1,2\n",
                         "step,loss,eval_mse,seconds\n1,x,y,z\n"):
             with open(os.path.join(run, "log.csv"), "w") as f:
