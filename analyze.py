@@ -3,25 +3,26 @@
     python analyze.py --all                         # everything, on the weights that ship, into figures/
     python analyze.py --list                        # what there is
     python analyze.py --fig 8 --fig 10              # some figures
-    python analyze.py --all --run runs/paper --out runs/paper/figures
-    python analyze.py --seeds runs/seeds --out runs/seeds/figures    # every runs/seeds/seed_*, compared
+    python analyze.py --all --run runs/paper        # of another run, into runs/paper/figures
+    python analyze.py --seeds runs/seeds --out runs/seeds/figures    # every run in runs/seeds/*/, compared
     python analyze.py --seeds runs/seeds runs/gelu --out figures     # and settings beside one another
-    python analyze.py --tasks runs/tasks --out figures               # every runs/tasks/*: other recurrences
+    python analyze.py --tasks runs/tasks --out figures               # other recurrences
     python analyze.py --depths runs/depths --out figures             # models of one, two and three layers
 
 In order: helpers and the Study (a model and the sequences it is studied on); the paper, section by section,
-each with its measures, claims and figures; what the model computes (ours); tasks and depths; runs compared;
-the report and the command line. A claim is a function from a Study to a Finding under @claim; its docstring
-is its rule, which the report prints. A figure is a function from a Study to a matplotlib figure under
-@figure. One of your own needs nothing else. Circuits are those of the folded model and act from the right: x
-@ W_V @ W_O.
+each with its measures, claims and figures; what the model computes (ours); runs compared; the report and the
+command line. A claim is a function from a Study to a Finding under @claim; its docstring is its rule, which
+the report prints. A figure is a function from a Study to a matplotlib figure under @figure. One of your own
+needs nothing else. Circuits are those of the folded model and act from the right: x @ W_V @ W_O.
 """
 
+import contextlib
 import copy
 import functools
 import glob
 import hashlib
 import inspect
+import math
 import os
 import platform
 import random
@@ -44,17 +45,17 @@ from torch import Tensor
 import data
 import interventions
 from data import FIRST_POSITION, MAX_LENGTH, MIN_LENGTH
-from model import Transformer, fold, load_file, load_weights, replacing, save_json, settings_beside
-from train import CommandLine, Line, from_settings, whole_number
+from model import Config, Transformer, fold, load_file, load_weights, replacing, save_json, settings_beside
+from train import CommandLine, Line, Options, from_settings, whole_number
 
 POPULATION = 1000  # sequences of 14 inputs, as in the paper (section 4.5)
 SMALL = 100  # sequences for the steps of a run, and half as many for an untrained model
 HELD_OUT_PER_LENGTH = 840  # 10,080 sequences over the 12 lengths
-EXAMPLES = 200  # alternating and other sequences for the attention of layer 2
-FEW = 250  # test sequences for ablations of single heads and for those that are only controls
+EXAMPLES = 200  # sequences of one kind: alternating ones for the attention of layer 2, noisy ones, ..
+FEW = 250  # test sequences for interventions in single heads and for those that are only controls
 QK_DRAWS = 5  # random matrices for each arm of the pseudoinverse test
 RESAMPLES = 400  # of each bootstrap
-PER_C = 5  # sequences for each c at which source weights are read
+PER_C = 3  # sequences for each c at which source weights are read
 WHOLE = 40  # and where c is not chosen
 SAMPLES = "POPULATION SMALL HELD_OUT_PER_LENGTH EXAMPLES FEW QK_DRAWS RESAMPLES PER_C WHOLE".split()
 SCALE = "ln_final.hook_scale"
@@ -134,11 +135,9 @@ def once(measure: Callable) -> Callable:
 
 def fit_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Slope, intercept and R^2 of the least squares line through (x_d, y_d), d over the last dimension."""
-    x_mean, y_mean = x.mean(-1, keepdim=True), y.mean(-1, keepdim=True)
-    dx, dy = x - x_mean, y - y_mean
+    dx, dy = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
     xx, yy, xy = (dx * dx).sum(-1), (dy * dy).sum(-1), (dx * dy).sum(-1)
-    slope = xy / xx
-    return slope, y_mean[..., 0] - slope * x_mean[..., 0], xy**2 / (xx * yy)
+    return xy / xx, y.mean(-1) - xy / xx * x.mean(-1), xy**2 / (xx * yy)
 
 
 def regress(y: Tensor, *xs: Tensor) -> tuple[list[float], float]:
@@ -189,11 +188,14 @@ class Study:
         self.model = fold(transformer).requires_grad_(False)
         self.seed, self.size, self.log = seed, size or POPULATION, log
         self.task_name, self.task = task, data.find_task(task)
-        self.kinds = {"any", *(["rotating"] if self.task.rotates else [])}
-        self.kinds |= {"affine"} if self.task is data.TASKS["affine"] else set()
         self.layers, self.heads = range(self.model.config.n_layers), range(self.model.config.n_heads)
         self.longest = min(self.model.config.n_ctx, data.N_CTX)  # sequence
         self.kept: dict[tuple, object] = {}  # what functions under @once found
+
+    def has(self, entry: Entry) -> bool:
+        """Whether a claim or figure has a meaning for so many layers and this task."""
+        tasks = {"any": True, "rotating": self.task.rotates, "affine": self.task_name == "affine"}
+        return entry.layers <= len(self.layers) and tasks[entry.tasks]
 
     def generator(self, purpose: str) -> torch.Generator:
         """A random stream for each purpose, so that a number does not depend on what else is computed."""
@@ -302,20 +304,15 @@ def open_study(run: str, seed: int) -> Study:
 
 
 def read_log(path: str) -> dict[str, np.ndarray]:
-    """The columns of log.csv by name. FileNotFoundError or ValueError unless it is one, and finite."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no training log at {path}")
+    """The columns of log.csv by name. ValueError unless there is one, of finite numbers."""
     try:
-        with open(path, errors="replace") as f:
-            names, *rows = (line.split(",") for line in f.read().split())
+        names, *rows = (line.split(",") for line in Path(path).read_text(errors="replace").split())
         columns = dict(zip(names, np.array(rows, dtype=float).T, strict=True))
-        good = names[:3] == ["step", "loss", "eval_mse"] and np.isfinite(list(columns.values())).all()
-    except ValueError:  # no rows, ragged ones, or words in them
-        good = False
-    if not good:
-        wanted = "expected columns step,loss,eval_mse,.. and a row of numbers"
-        raise ValueError(f"{path} is no training log: {wanted}")
-    return columns
+        if names[:3] == ["step", "loss", "eval_mse"] and np.isfinite(list(columns.values())).all():
+            return columns
+    except (OSError, ValueError):  # no file; no rows, ragged ones, or words in them
+        pass
+    raise ValueError(f"{path} is no training log: expected columns step,loss,eval_mse,.. and rows of numbers")
 
 
 # Drawing
@@ -336,18 +333,20 @@ def grid(rows: int, columns: int, width: float, height: float, title: str, **opt
     return canvas, axes
 
 
-def heat(axes, matrix: Tensor, limit: float | None = None, bar: str = ""):
-    """A heat map, with the values written in where they are few: diverging about 0 with the range [-limit,
-    limit], blue positive as in the paper, or attention from 0 to 1 where `limit` is None; with a colour bar
-    if that has a label."""
+def heat(axes, matrix: Tensor, limit: float | None = None, bar: str = "", digits: int | None = None):
+    """A heat map: diverging about 0 with the range [-limit, limit], blue positive as in the paper, or
+    attention from 0 to 1 where `limit` is None; with a colour bar if that has a label. Values are written in
+    where they are few, or else those that do not vanish at so many `digits`."""
     low, high = (0, 1) if limit is None else (-limit, limit)
     image = axes.imshow(matrix.numpy(), cmap="Blues" if limit is None else "RdBu", vmin=low, vmax=high)
     axes.spines[:].set_visible(True)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    for (row, column), value in np.ndenumerate(matrix.numpy()) if matrix.numel() <= 64 else ():
-        text, color = f"{value:.{2 if high >= 0.1 else 3}f}", "white" if abs(value) > 0.6 * high else "black"
-        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+    for (row, column), value in np.ndenumerate(matrix.numpy()) if digits or matrix.numel() <= 64 else ():
+        text, color = f"{value:.{digits or (2 if high >= 0.1 else 3)}f}", "black"
+        if not digits or float(text):
+            color, size = "white" if abs(value) > 0.6 * high else "black", 6 if digits else 7
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
     if bar:
         axes.figure.colorbar(image, ax=axes, label=bar)
     return image
@@ -401,10 +400,8 @@ def best_linear(study: Study, count: int) -> list[float]:
 
 def predictions(study: Study, a: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The targets of sequences a [batch, pos + 1, d_vocab] from the first that is determined on, and what the
-    model and others predict there, {name: [batch, pos - first, d_vocab]}.
-
-    The best linear predictor uses as many vectors as determine the next one.
-    """
+    model and others predict there, {name: [batch, pos - first, d_vocab]}. The best linear predictor uses as
+    many vectors as determine the next one."""
     first, task = study.task.first, study.task
     target, *known = neighbours(a, first, first + 1)
     found = {"zero": torch.zeros_like(target), "last vector": known[0],
@@ -429,19 +426,16 @@ def claim_mse(study: Study) -> Finding:
     seed, d_vocab = study.generator("held out").initial_seed(), study.model.config.d_vocab
     samples = data.held_out(per_length, seed, d_vocab=d_vocab, task=study.task_name)
     by_length = [predictor_errors(study, s.a) for s in samples]
-    errors = torch.stack([each["model"].mean(1) for each in by_length], 1)  # [sequences, lengths]
-    first, lengths = study.task.first, study.task.lengths
-    fourteen = ((study.activations["output"] - study.population.a[:, 1:])[:, first:] ** 2).mean(-1)
-    control = {f"by length, {lengths[0]} to {lengths[-1]}": errors.mean(0),
-               f"14 inputs, by position {first} to 13": fourteen.mean(0),
+    errors = torch.stack([each.pop("model").mean(1) for each in by_length], 1)  # [sequences, lengths]
+    fourteen = squared_errors(study.activations["output"], study.population.a[:, 1:], study.task.first)
+    control = {f"by length, {study.task.lengths[0]} to {study.task.lengths[-1]}": errors.mean(0),
                "14 inputs, interval": interval(fourteen)}
-    control |= {name: torch.stack([e[name].mean() for e in by_length]).mean()
-                for name in by_length[0] if name != "model"}
+    control |= {name: torch.stack([each[name].mean() for each in by_length]).mean() for name in by_length[0]}
     if study.log is not None:
         last = study.log["eval_mse"][-20:]
         control["last 20 evaluations of the log, lowest and highest"] = [last.min(), last.max()]
-    measured, values = errors.mean(), {"all lengths": errors.mean(), "14 inputs": fourteen.mean()}
-    return Finding(measured, verdict(measured <= 2e-4, measured <= 1e-3), values, control, interval(errors))
+    mse, values = errors.mean(), {"all lengths": errors.mean(), "14 inputs": fourteen.mean()}
+    return Finding(mse, verdict(mse <= 2e-4, mse <= 1e-3), values, control, interval(errors))
 
 
 @figure(2, "loss against step", tasks="any")
@@ -533,12 +527,6 @@ def second_token_score(pattern: Tensor) -> Tensor:
     return pattern[:, :, 3:, 1].mean((0, 2))
 
 
-def uniform_pattern(positions: int) -> Tensor:
-    """Attention spread evenly over all sources, [1, 1, positions, positions]."""
-    ones = torch.ones(positions, positions).tril()
-    return (ones / ones.sum(-1, keepdim=True))[None, None]
-
-
 def alternation(pattern: Tensor) -> dict[str, Tensor]:
     """How far attention alternates from source to source, in rows n >= 6 over the sources 2..n, by head: {..:
     [n_heads]}.
@@ -568,9 +556,7 @@ def claim_l0_prev_token(study: Study) -> Finding:
     score = previous_token_score(study.activations["blocks.0.attn.hook_pattern"])
     heads, n_heads = int((score > 0.5).sum()), len(study.heads)
     how = verdict(heads >= n_heads - 1, heads > n_heads / 2)
-    control = {"heads that do": heads,
-               "uniform attention": previous_token_score(uniform_pattern(MAX_LENGTH))[0]}
-    return Finding(score, how, {"heads": score.mean()}, control)
+    return Finding(score, how, {"heads": score.mean()}, {"heads that do": heads})
 
 
 @claim("most layer 1 heads attend to the second vector", "most", 4, "attention", 2, tasks="any")
@@ -580,7 +566,7 @@ def claim_l1_second_token(study: Study) -> Finding:
     them."""
     pattern = study.activations["blocks.1.attn.hook_pattern"]
     score, favourite = second_token_score(pattern), pattern[:, :, 3:].mean((0, 2)).argmax(-1)
-    uniform, n_heads = second_token_score(uniform_pattern(MAX_LENGTH))[0], len(study.heads)
+    uniform, n_heads = (1 / torch.arange(4.0, 1 + MAX_LENGTH)).mean(), len(study.heads)
     heads = int(((favourite == 1) & (score >= 2 * uniform)).sum())
     control = {"heads that do": heads, "most attended position": favourite, "uniform attention": uniform}
     return Finding(score, verdict(heads > n_heads / 2, heads > n_heads / 4), {"heads": score.mean()}, control)
@@ -676,13 +662,12 @@ READINGS = {"paper, next": "(a) the paper's: ln_final on the component alone",
 
 def direct_attribution(model: Transformer, component: Tensor, target: Tensor,
                        scale: Tensor | None = None) -> Tensor:
-    """Direct logit attribution: <ln_final(component) W_U, target>.
+    """Direct logit attribution: <ln_final(component) W_U, target>, [batch, pos, ...], of what something adds
+    to the residual stream, [batch, pos, ..., d_model]; target [batch, pos, d_vocab].
 
-    component: what something adds to the residual stream, [batch, pos, ..., d_model]; target [batch, pos,
-    d_vocab]. scale None is the paper's text: ln_final normalises the component by itself, and so forgets how
-    large it is. With scale = ln_final.hook_scale [batch, pos, 1] the component is divided as the residual
-    stream as a whole is: the field's standard, in which all components and the biases ln_final.b W_U + b_U
-    add up to <output, target>. Returns [batch, pos, ...].
+    scale None is the paper's text: ln_final normalises the component by itself, and so forgets how large it
+    is. With scale = ln_final.hook_scale [batch, pos, 1] the component is divided as the residual stream as a
+    whole is: the field's standard, in which all components and ln_final.b W_U + b_U add up to the output's.
     """
     ln = model.ln_final
     if scale is None:
@@ -797,28 +782,26 @@ def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     The measured reading, "data vectors", is the points (a_d, (ln1(x) OV W_U)_d) over the data dimensions.
     """
     model, a, resid = study.model, study.population.a[:, :-1], study.activations["blocks.0.hook_resid_pre"]
-    written, each = copied(study, resid)[1], full_ov_circuit(model, 0)
+    ov, normalised = ov_circuit(model, 0), study.activations["blocks.0.ln1.hook_normalized"]
 
-    def large(fit: tuple[Tensor, ...], vectors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.where(vectors.norm(dim=-1) >= 1, torch.nan) for part in fit)
+    def fit_large(vectors: Tensor, written: Tensor) -> tuple[Tensor, ...]:
+        large = vectors.norm(dim=-1) >= 1
+        return tuple(part.where(large, torch.nan) for part in fit_line(vectors, written))
 
     def layer_0_adds(x: Tensor, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Unembedded, against a_{n-1}, for n >= 2."""
-        before, stream = x[:, FIRST_POSITION - 1 : -1], kept["blocks.0.hook_resid_post"]
-        return large(fit_line(before, (stream @ model.unembed.W_U)[:, FIRST_POSITION:]), before)
+        return fit_large(x[:, 1:-1], (kept["blocks.0.hook_resid_post"] @ model.unembed.W_U)[:, 2:])
 
     mixed = torch.stack([vectors.roll(p, 0) for p, vectors in enumerate(a.unbind(1))], 1)
-    by_head = [fit_line(a, study.activations["blocks.0.ln1.hook_normalized"] @ ov @ model.unembed.W_U)
-               for ov in ov_circuit(model, 0)]
-    fits = {"data vectors": large(fit_line(a, written), a),
-            "data vectors of any norm": fit_line(a, written),
+    written = copied(study, resid)[1]
+    fits = {"data vectors": fit_large(a, written), "data vectors of any norm": fit_line(a, written),
             "random vectors": fit_line(*copied(study, random_vectors(study))),
-            "weights alone, without ln1 and position": fit_line(a, a @ each.sum(0)),
-            "d_model coordinates": fit_line(resid, resid @ ov_circuit(model, 0).sum(0)),
+            "weights alone, without ln1 and position": fit_line(a, a @ full_ov_circuit(model, 0).sum(0)),
+            "d_model coordinates": fit_line(resid, resid @ ov.sum(0)),
             "all of layer 0": layer_0_adds(a, study.activations),
             "all of layer 0, vectors of different recurrences":
                 layer_0_adds(mixed, study.record(mixed, "blocks.0.hook_resid_post"))}
-    return fits | {f"head {h}": large(fit, a) for h, fit in enumerate(by_head)}
+    return fits | {f"head {h}": fit_large(a, normalised @ ov[h] @ model.unembed.W_U) for h in study.heads}
 
 
 def ov_finding(study: Study, part: int, compared: str, rule: Callable[[Tensor], str]) -> Finding:
@@ -853,9 +836,9 @@ def claim_l0_ov_intercept(study: Study) -> Finding:
     written = copied(study, study.activations["blocks.0.hook_resid_pre"])[1][~intercept.isnan()]
     intercept = intercept / written.pow(2).mean().sqrt()
     measured, (widest,) = intercept.nanmedian(), quantiles(intercept.abs(), 0.95)
-    values, control = {"median": measured, "95% within": widest}, {"5%, 50%, 95%": quantiles(intercept)}
     how = verdict(widest <= 0.1, intercept.abs().nanmean() <= 0.1)
-    return Finding(measured, how, values, control, interval(intercept, of=torch.nanmedian))
+    values, found = {"median": measured, "95% within": widest}, interval(intercept, of=torch.nanmedian)
+    return Finding(measured, how, values, interval=found)
 
 
 @claim("the same R^2 on random vectors, lower", 0.598, 10, "R^2", tasks="any")
@@ -866,9 +849,8 @@ def claim_l0_ov_r2_random(study: Study) -> Finding:
     r2, resid = (ov_fits(study)[name][2] for name in ("random vectors", "data vectors"))
     measured, resid = r2.median(), resid.nanmedian()
     lower, visible = resid - measured >= 0.1, measured >= 0.25
-    values, control = {"random vectors": measured, "residual stream": resid}, {"5%, 50%, 95%": quantiles(r2)}
-    how = verdict(lower and visible, lower or visible)
-    return Finding(measured, how, values, control, interval(r2, of=torch.median))
+    values, found = {"random vectors": measured, "residual stream": resid}, interval(r2, of=torch.median)
+    return Finding(measured, verdict(lower and visible, lower or visible), values, interval=found)
 
 
 @claim("share of the norm of layer 0's OV x outside the span of W_E", 0.8415, 9, "share of the norm",
@@ -1032,20 +1014,18 @@ def claim_l1_ov_effective_rank(study: Study) -> Finding:
 
 def draw_circuit(circuits: Tensor, title: str, xlabel: str, ylabel: str):
     """The circuits of a layer, [n_heads, d_model, d_model]: head 0 large, the others beside it."""
-    canvas = plt.figure(figsize=(11, 4.6), layout="constrained")
+    canvas, width = plt.figure(figsize=(11, 4.6), layout="constrained"), len(circuits) // 2
     canvas.suptitle(title)
-    width = len(circuits) // 2
     others = [str(head) for head in range(1, len(circuits))] + ["."] * 2
     panels = canvas.subplot_mosaic([["0", "0", *others[:width]], ["0", "0", *others[width : 2 * width]]])
     limit = circuits.abs().flatten().double().quantile(0.9995).item()
     for name, axes in panels.items():
         image = heat(axes, circuits[int(name)], limit)
-        axes.set_aspect("equal")
-        axes.set_title(f"head {name}: {identity_cosine(circuits[int(name)]):.2f}")
+        axes.set(title=f"head {name}: {identity_cosine(circuits[int(name)]):.2f}", aspect="equal")
         if name != "0":
             axes.set(xticks=[], yticks=[])
-    panels["0"].set(title=f"head 0: cosine with I {identity_cosine(circuits[0]):.2f}", xlabel=xlabel,
-                    ylabel=ylabel)
+    title = f"head 0: cosine with I {identity_cosine(circuits[0]):.2f}"
+    panels["0"].set(title=title, xlabel=xlabel, ylabel=ylabel)
     label = "weight (ends of the scale: 99.95th percentile)"
     canvas.colorbar(image, ax=list(panels.values()), label=label, shrink=0.8)
     return canvas
@@ -1081,14 +1061,11 @@ def eigenvalue_score(circuit: Tensor) -> Tensor:
     return (eigenvalues.sum(-1).real / eigenvalues.abs().sum(-1)).float()
 
 
-def ov_eigenvalue_scores(model: Transformer) -> Tensor:
-    """Eigenvalue score of W_V W_O, [n_layers, n_heads], from the d_head x d_head product W_O W_V."""
-    return torch.stack([eigenvalue_score(block.attn.W_O @ block.attn.W_V) for block in model.blocks])
-
-
-def full_eigenvalue_scores(model: Transformer) -> Tensor:
-    """The same of W_E W_V W_O W_U, [n_layers, n_heads]."""
-    return torch.stack([eigenvalue_score(full_ov_circuit(model, l)) for l in range(model.config.n_layers)])
+def ov_eigenvalue_scores(model: Transformer) -> tuple[Tensor, Tensor]:
+    """Eigenvalue scores, [n_layers, n_heads], of W_V W_O, from the d_head x d_head product W_O W_V, and of
+    the full circuit W_E W_V W_O W_U."""
+    return (torch.stack([eigenvalue_score(block.attn.W_O @ block.attn.W_V) for block in model.blocks]),
+            torch.stack([eigenvalue_score(full_ov_circuit(model, l)) for l in range(len(model.blocks))]))
 
 
 def identity_finding(study: Study, circuit: Callable, sign: int) -> Finding:
@@ -1182,19 +1159,18 @@ def figure_lens_after_layer_0(study: Study):
 def claim_eigenvalue_score(study: Study) -> Finding:
     """sum(lambda) / sum(|lambda|) of W_V W_O, by layer and head. At most -0.5 in every head of layer 2;
     partly if the mean of layer 2 is negative and more than half of its heads are."""
-    scores = ov_eigenvalue_scores(study.model)
+    scores, full = ov_eigenvalue_scores(study.model)
     most = scores[2].mean() < 0 and (scores[2] < 0).sum() > len(study.heads) / 2
     values = {f"layer {l}": scores[l].mean() for l in study.layers}
-    control = {"full circuit, through W_E and W_U": full_eigenvalue_scores(study.model)}
+    control = {"full circuit, through W_E and W_U": full}
     return Finding(scores, verdict((scores[2] <= -0.5).all(), most), values, control)
 
 
 @figure(15, "OV eigenvalue scores", tasks="any")
 def figure_eigenvalue_scores(study: Study):
     canvas, panels = grid(1, 2, 10, 2.8, "Eigenvalue scores of the OV circuits")
-    shown = {"$W_V W_O$, as in the paper": ov_eigenvalue_scores(study.model),
-             "$W_E W_V W_O W_U$, the full circuit": full_eigenvalue_scores(study.model)}
-    for axes, (title, scores) in zip(panels, shown.items()):
+    titles = "$W_V W_O$, as in the paper", "$W_E W_V W_O W_U$, the full circuit"
+    for axes, title, scores in zip(panels, titles, ov_eigenvalue_scores(study.model)):
         image = heat(axes, scores, 1.0)
         axes.set(title=title, xlabel="head", ylabel="layer")
     canvas.colorbar(image, ax=panels, label="score: 1 copies, -1 negates")
@@ -1332,13 +1308,12 @@ TAKEN_AT = (1.2, 1.5, 1.8)  # and at which each component's are
 KINDS = ("recurrence", "interleaved", "two fixed points", "two growths")  # of `data.interleaved`
 
 
-def off_plane(x: Tensor, generator: torch.Generator, count: int) -> Tensor:
-    """Random unit vectors orthogonal to all vectors of each sequence x [batch, pos, d_vocab]: [count, batch,
+def off_plane(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random unit vectors orthogonal to all vectors of each sequence x [batch, pos, d_vocab]: [batch,
     d_vocab]. The sequences must span less than d_vocab dimensions; an affine recurrence spans two."""
     projection = torch.linalg.pinv(x, rtol=1e-6) @ x  # [batch, d_vocab, d_vocab]
-    v = torch.randn(count, len(x), x.shape[-1], generator=generator, dtype=x.dtype)
-    v = v - torch.einsum("nbv,bvw->nbw", v, projection)
-    return v / v.norm(dim=-1, keepdim=True)
+    v = torch.randn(len(x), x.shape[-1], generator=generator, dtype=x.dtype)
+    return F.normalize(v - torch.einsum("bv,bvw->bw", v, projection), dim=-1)
 
 
 def source_weights(predict: Callable, x: Tensor, v: Tensor) -> Tensor:
@@ -1349,7 +1324,8 @@ def source_weights(predict: Callable, x: Tensor, v: Tensor) -> Tensor:
     returns has weights.
     """
     moves = torch.eye(x.shape[1], dtype=x.dtype)[:, None, :, None] * v[:, None]  # [src, batch, pos, d_vocab]
-    moved = torch.vmap(lambda move: torch.func.jvp(predict, (x,), (move,))[1])(moves)
+    move = lambda tangent: torch.func.jvp(predict, (x,), (tangent,))[1]
+    moved = torch.vmap(move, chunk_size=max(2, 35 // len(x)))(moves)  # so much stays in the processor's cache
     return torch.einsum("sbp...v,bv->bps...", moved, v)
 
 
@@ -1358,8 +1334,8 @@ class Weights:
     """Source weights of some sequences with one c."""
 
     sample: data.Sample  # in float64
-    w: Tensor  # [batch, dest, src], mean over two directions
-    spread: float  # standard deviation over directions, relative to w: 0 if the model is equivariant
+    w: Tensor  # [batch, dest, src]
+    spread: float  # standard deviation of the first one's over directions, relative: 0 if equivariant
     explained: float  # share of the squared output that sum_s w_s a_s explains, from the first position on
 
 
@@ -1372,11 +1348,11 @@ def read_weights(study: Study, c: float | None = None, length: int = MAX_LENGTH,
     count = max(1, (count or PER_C) * study.size // POPULATION)
     c_range = (-2.0, 2.0) if c is None else (c, c)
     sample = study.sample(count, length, generator, c_range, dtype=torch.float64)
-    x, first = sample.a[:, :-1], study.task.first
-    one, other = (source_weights(study.exact, x, v) for v in off_plane(x, generator, 2))
-    w, output = (one + other) / 2, study.exact(x)[:, first:]
-    left = output - torch.einsum("bns,bsv->bnv", w, x)[:, first:]
-    spread = ((one - other).pow(2).mean() / 2 / w.pow(2).mean()).sqrt()
+    x, first, twice = sample.a[:, :-1], study.task.first, [*range(count), 0]  # the first in two directions
+    *w, again = source_weights(study.exact, x[twice], off_plane(x[twice], generator))
+    spread = ((w[0] - again).pow(2).mean() / (w[0].pow(2) + again.pow(2)).mean()).sqrt()
+    w, output = torch.stack(w), study.exact(x)[:, first:]
+    left = output - (w @ x)[:, first:]
     return Weights(sample, w, spread.item(), 1 - ratio(left.pow(2), output.pow(2)).item())
 
 
@@ -1419,7 +1395,8 @@ def strong_strides(study: Study) -> tuple[Tensor, Tensor, Tensor]:
     return *strides(w, c[c.abs() >= 0.9]), w.sum(-1)
 
 
-@claim("two steps at once: A is c^2 and B is 0 for |c| from 0.9 to 2", None, 22, "share of a_{n+1} - a*")
+@claim("two steps at once: A is c^2 and B is 0 for |c| from 0.9 to 2", None, 22,
+       "share of a_{n+1} - a*, or weight")
 def claim_two_steps(study: Study) -> Finding:
     """A / c^2 and B / c (see `strides`), mean over |c| from 0.9 to 2, both signs and positions 5 to 13. A /
     c^2 differs from 1 on average, in absolute value, by at most 0.15 and B / c from 0 too; partly if at most
@@ -1428,6 +1405,7 @@ def claim_two_steps(study: Study) -> Finding:
     A, B, total = (part.mean(0) for part in each)  # [c, dest]
     off_A, off_B = (A[:, 5:] - 1).abs().mean(), B[:, 5:].abs().mean()
     values, worst = {"A / c^2": A[:, 5:].mean(), "B / c": B[:, 5:].mean()}, max(off_A, off_B)
+    values |= {f"w_8 at n = 9, c = {c}": read_weights(study, c).w[:, 9, 8].mean() for c in (1.5, 0.5)}
     control = {"mean |A / c^2 - 1|": off_A, "mean |B / c|": off_B,
                "A / c^2, position 2 to 13": A[:, 2:].mean(0), "B / c, position 2 to 13": B[:, 2:].mean(0),
                "sum of all weights": total[:, 5:].mean()}
@@ -1483,7 +1461,7 @@ def figure_source_weights(study: Study):
 
 @figure(27, "how large the weight of each source is (ours)", tasks="rotating")
 def figure_weight_sizes(study: Study):
-    weights = read_weights(study, None, MAX_LENGTH, WHOLE // 3)
+    weights = read_weights(study, None, MAX_LENGTH, WHOLE // 5)
     title = f"which explain {weights.explained:.1%} of the output"
     canvas, panels = grid(1, 2, 10, 4.2, f"Source weights of {study.task_name} sequences, {title}")
     size, mean = weights.w.pow(2).mean(0).sqrt(), weights.w.mean(0)
@@ -1495,12 +1473,10 @@ def figure_weight_sizes(study: Study):
 
 
 @once
-def component_weights(study: Study, c: float) -> tuple[list[str], Tensor, Tensor]:
-    """Source weights of everything that adds to the residual stream, at one c, through the clean final scale.
-
-    Returns the components' names, their weights [2 sequences, dest, src, component] and those of the output,
-    [2, dest, src], to which they add up as far as the weights do not depend on the scale.
-    """
+def component_weights(study: Study, c: float) -> tuple[dict[str, Tensor], Tensor]:
+    """Source weights of everything that adds to the residual stream, at one c, through the clean final scale:
+    {component: [sequence, dest, src]}, and those of the output, to which they add up as far as the weights
+    do not depend on the scale."""
     model, whole, kept = study.exact, read_weights(study, c), {}
     x = whole.sample.a[:2, :-1]
     model(x, hooks=interventions.record([SCALE], kept))
@@ -1515,24 +1491,24 @@ def component_weights(study: Study, c: float) -> tuple[list[str], Tensor, Tensor
         parts = [value if value.dim() == 4 else value[:, :, None] for value in written.values()]
         return torch.cat(parts, 2) / kept[SCALE][:, :, None] @ model.unembed.W_U
 
-    v = off_plane(x, study.generator(f"components {c}"), 1)[0]
-    return names, source_weights(contributions, x, v), whole.w[:2]
+    v = off_plane(x, study.generator(f"components {c}"))
+    return dict(zip(names, source_weights(contributions, x, v).unbind(-1))), whole.w[:2]
 
 
 @once
-def factors_by_component(study: Study) -> dict[str, tuple[Tensor, Tensor]]:
+def factors_by_component(study: Study) -> dict[str, Tensor]:
     """What the heads of each layer, and everything else, do to a* and to the growing part of a sequence,
-    {component: (factors on a*, shares of the growing part)}, each [|c| in TAKEN_AT], mean over both signs and
-    positions 5 to 13: the sum of the component's weights, and A / c^2 + B / c of them alone."""
-    groups = [f"heads of layer {l}" for l in study.layers] + ["MLPs and embedding"]
-    found = torch.zeros(2, len(groups), len(TAKEN_AT), dtype=torch.double)
+    {component: [2, |c| in TAKEN_AT]}, mean over both signs and positions 5 to 13: factors on a*, the sum of
+    the component's weights, and shares of the growing part, A / c^2 + B / c of them alone."""
+    groups = {f"heads of layer {l}": f"head {l}." for l in study.layers} | {"MLPs and embedding": ("M", "e")}
+    found = torch.zeros(len(groups), 2, len(TAKEN_AT), dtype=torch.double)
     for i, c in enumerate(sign * size for size in TAKEN_AT for sign in (1, -1)):
-        names, w, _ = component_weights(study, c)
-        for name, part in zip(names, w.unbind(-1)):  # [sequence, dest, src]
-            group = int(name[5 : name.index(".")]) if name.startswith("head") else -1
-            for of, change in enumerate((part.sum(-1), sum(strides(part, c)))):
-                found[of, group, i // 2] += change[:, 5:].mean() / 2
-    return dict(zip(groups, zip(*found)))
+        weights = component_weights(study, c)[0]
+        for group, start in zip(found, groups.values()):
+            w = sum(part for name, part in weights.items() if name.startswith(start))
+            for of, change in zip(group, (w.sum(-1), sum(strides(w, c)))):
+                of[i // 2] += change[:, 5:].mean() / 2
+    return dict(zip(groups, found.unbind()))
 
 
 @claim("layer 2's heads take off what is too much of the fixed point", None, 23, "factor on a*", 3)
@@ -1559,17 +1535,14 @@ def figure_component_weights(study: Study):
     n, title = 6, "Weight of each source by component, at position 6; the rows add up to the first"
     canvas, panels = grid(1, 4, 11, 1 + 0.18 * len(study.layers) * (len(study.heads) + 1), title, sharey=True)
     for axes, c in zip(panels, (-1.5, 1.5, -0.6, 0.6)):
-        names, w, whole = component_weights(study, c)
-        rows = torch.cat([whole[..., None], w], -1).mean(0)[n, : n + 1].T  # [1 + component, src]
-        image = heat(axes, rows, 2.0)
+        weights, whole = component_weights(study, c)
+        rows = {"total": whole} | weights
+        image = heat(axes, torch.stack([w.mean(0)[n, : n + 1] for w in rows.values()]), 2.0, digits=1)
         axes.set(title=f"c = {c}", xlabel="source s")
-        axes.set_yticks(range(len(rows)), ["total", *names], fontsize=7)
-        for y in [0.5, *(i + 1.5 for i, name in enumerate(names) if not name.startswith("head"))]:
-            axes.axhline(y, color="black", lw=0.6)
-        for (row, s), value in np.ndenumerate(rows.numpy()):
-            if abs(value) >= 0.05:
-                color = "white" if abs(value) > 1.2 else "black"
-                axes.text(s, row, f"{value:.1f}", ha="center", va="center", fontsize=6, color=color)
+        axes.set_yticks(range(len(rows)), rows, fontsize=7)
+        for y, name in enumerate(rows):
+            if not name.startswith("head"):
+                axes.axhline(y + 0.5, color="black", lw=0.6)
     canvas.colorbar(image, ax=panels, label="weight $w_s$")
     return canvas
 
@@ -1636,23 +1609,26 @@ def claim_one_knob(study: Study) -> Finding:
     direction, the first principal one, found on other sequences. The MSE grows by a factor of at most 2,
     without that number by at least 10, and with one number only for layers 0 and 2 it grows by more than 2;
     partly if it grows by at most 4 and is at least 5 times as large without that number."""
-    arms, control, span = {}, {}, torch.linalg.qr(study.model.unembed.W_U).Q
+    grown, control, span = {}, {}, torch.linalg.qr(study.model.unembed.W_U).Q
+    keep, remove = interventions.keep_directions, interventions.remove_directions
     for l in study.layers:
         name, (mean, directions, shares) = f"blocks.{l}.hook_attn_out", main_directions(study, l, 3)
-        for k in (1, 2, 3) if l == 1 else (1,):
-            these, count = (name, mean, directions[:k]), study.size if l == k == 1 else FEW
-            arms[f"layer {l}: {k} kept"] = study.errors(l, interventions.keep_directions(*these), count)
-            arms[f"layer {l}: {k} removed"] = study.errors(l, interventions.remove_directions(*these), count)
+        arms = {f"layer {l}: 1 kept": (keep, 1)}
+        if l == 1:
+            arms |= {"1 removed": (remove, 1), "2 kept": (keep, 2), "3 kept": (keep, 3)}
+        for label, (change, k) in arms.items():
+            count = study.size if l == k == 1 else FEW
+            errors = study.errors(l, change(name, mean, directions[:k]), count)
+            grown[label] = ratio(errors, study.baseline[:count])
+            if label == "layer 1: 1 kept":
+                found = interval(errors, study.baseline, of=ratio)
         control[f"layer {l}: share of the variance along each"] = shares
         control[f"layer {l}: cosine of the first with what W_U reads"] = (directions[0] @ span).norm()
     control["that cosine by chance"] = (study.model.config.d_vocab / study.model.config.d_model) ** 0.5
-    grown = {name: ratio(errors, study.baseline[: len(errors)]) for name, errors in arms.items()}
-    one, without, *others = (grown[f"layer {name}"] for name in ("1: 1 kept", "1: 1 removed", "0: 1 kept",
-                                                                "2: 1 kept"))
+    values = {name: grown[name] for name in ("layer 1: 1 kept", "1 removed", "layer 0: 1 kept",
+                                             "layer 2: 1 kept")}
+    one, without, *others = values.values()
     how = verdict(one <= 2 and without >= 10 and min(others) > 2, one <= 4 and without >= 5 * one)
-    values = {"layer 1: 1 kept": one, "1 removed": without, "layer 0: 1 kept": others[0],
-              "layer 2: 1 kept": others[1]}
-    found = interval(arms["layer 1: 1 kept"], study.baseline, of=ratio)
     return Finding(one, how, values, grown | control, found)
 
 
@@ -1712,18 +1688,18 @@ def claim_rule_errors(study: Study) -> Finding:
     noise[:, -1] = 0  # the last vector is the target
     shown = {"recurrences": a, f"of {longest} inputs": study.sample(count, longest, g).a,
              "half as large": a / 2, "twice as large": 2 * a, "noise": a + noise}
-    shares, control = {}, {}
+    control = {}
     for name, x in (shown | data.interleaved(MAX_LENGTH, c, g, study.model.config.d_vocab)).items():
         target, found = predictions(study, x)
-        found["truth"], part = target, slice(-1 if name == "noise" else 4 - study.task.first, None)
-        between = lambda one, other: (found[one] - found[other])[:, part].pow(2).sum()
-        left = [between(which, "truth") / between("zero", "truth") for which in ("model", "two-step rule")]
-        shares[name], linear = (1 - between(which, "two-step rule") / between(which, "truth")
-                                for which in ("model", "best linear"))
-        names = "unexplained by model, by rule; share of the model's error, of best linear's"
-        control[f"{name}: {names}"] = [*left, shares[name], linear]
-    values = {name: shares[name] for name in ("noise", "two fixed points", "two growths")}
+        part = slice(-1 if name == "noise" else 4 - study.task.first, None)
+        off = lambda one, other: (one - other)[:, part].pow(2).sum()
+        model, rule, zero = (found[who] for who in ("model", "two-step rule", "zero"))
+        control[name] = {"model": off(model, target) / off(zero, target),
+                         "rule": off(rule, target) / off(zero, target),
+                         "share": 1 - off(model, rule) / off(model, target)}
+    values = {name: control[name]["share"] for name in ("noise", "two fixed points", "two growths")}
     alike = sum(share >= 0.5 for share in values.values())
+    control = {f"{name}: unexplained by model and rule, share of the error": c for name, c in control.items()}
     return Finding(list(values.values()), verdict(alike == 3, alike == 2), values, control)
 
 
@@ -1759,16 +1735,16 @@ def favourite_source(study: Study) -> int:
 
 
 @once
-def knob_shares(study: Study, low: tuple[float, float] = (0.2, 0.7),
-                high: tuple[float, float] = (1.5, 2.0)) -> dict[str, list[float]]:
+def knob_shares(study: Study, low: tuple[float, float] = (0.2, 0.7), high: tuple[float, float] = (1.5, 2.0),
+                only: tuple[str, ...] = ()) -> dict[str, list[float]]:
     """What turns the knob: {what layer 1 is given of other sequences: share of the change of ln_final's log
     scale that follows}, for sequences with |c| in the range `low`, by default decaying, given something of
-    those in `high`, and the other way round.
+    those in `high`, and the other way round; all of them, or `only` some.
 
     "z" is all that the heads read; "pattern" and "values" one of its two factors; "position s" key and value
-    of one source position, "favourite" of the one that layer 1 attends to most; "size" key and value of
-    position 1 of the same sequence with a_0 and a_1 as long as in the other, "size of a_0" and "size of a_1"
-    with only one of them, "favourite, size" key and value of the favourite with all vectors up to it so long.
+    of one source position; "size up to s" those of position s of the same sequence with a_0 to a_s as long as
+    in the other, for s = 1 and the position that layer 1 attends to most; "size of a_0" and "size of a_1"
+    those of position 1 with only one vector so long.
     """
     resid, count, favourite = "blocks.1.hook_resid_pre", max(10, study.size // 20), favourite_source(study)
     k, v, pattern, z = (f"blocks.1.attn.hook_{name}" for name in ("k", "v", "pattern", "z"))
@@ -1776,24 +1752,27 @@ def knob_shares(study: Study, low: tuple[float, float] = (0.2, 0.7),
     for least, most in (low, high):
         generator, ranges = study.generator(f"knob {least}"), ((least, most), (-most, -least))
         both.append(torch.cat([study.sample(count, MAX_LENGTH, generator, r).a[:, :-1] for r in ranges]))
+    places = {f"position {s}": [s] for s in sorted({0, 1, 2, 3, 4, favourite})}
+    places["positions 5 to 13"] = list(range(5, MAX_LENGTH))
+    sizes = {f"size up to {s}": (list(range(s + 1)), s) for s in sorted({1, favourite})}
+    sizes |= {"size of a_0": ([0], 1), "size of a_1": ([1], 1)}
     shares: dict[str, list[float]] = {}
     for own, other in (both, both[::-1]):
         here, there = (study.record(x, k, v, pattern, z, resid, SCALE) for x in (own, other))
         goal = (there[SCALE] / here[SCALE]).log()[:, 4:]
         patched = lambda positions, names=(k, v), source=there: interventions.patch_positions(
             {name: source[name] for name in names}, positions)
-        given = {"z": interventions.hold({z: there[z]}),
-                 "pattern": interventions.hold({pattern: there[pattern]}),
-                 "values": interventions.hold({v: there[v]}),
-                 **{f"position {s}": patched([s]) for s in range(5)},
-                 "positions 5 to 13": patched(range(5, MAX_LENGTH)), "position 1, key": patched([1], [k]),
-                 "position 1, value": patched([1], [v]), "favourite": patched([favourite])}
-        for name, positions, source in (("size", [0, 1], 1), ("size of a_0", [0], 1), ("size of a_1", [1], 1),
-                                        ("favourite, size", list(range(favourite + 1)), favourite)):
+        given = {name: interventions.hold({n: there[n]})
+                 for name, n in (("z", z), ("pattern", pattern), ("values", v))}
+        given |= {name: patched(positions) for name, positions in places.items()}
+        given |= {"position 1, key": patched([1], [k]), "position 1, value": patched([1], [v])}
+        for name, (positions, source) in sizes.items():
+            if only and name not in only:
+                continue
             x = own.clone()
             x[:, positions] *= (other.norm(dim=-1) / own.norm(dim=-1))[:, positions, None]
             given[name] = patched([source], source=study.record(x, k, v))
-        for name, hooks in given.items():
+        for name, hooks in ((name, given[name]) for name in only or given):
             kept: dict[str, Tensor] = {}
             study.model.run_from(1, here[resid], hooks | interventions.record([SCALE], kept))
             moved = (kept[SCALE] / here[SCALE]).log()[:, 4:]
@@ -1801,15 +1780,15 @@ def knob_shares(study: Study, low: tuple[float, float] = (0.2, 0.7),
     return shares
 
 
-def knob_finding(study: Study, position: int, read: str, size: str, control: dict) -> Finding:
-    """Whether the knob follows what layer 1 `read` at a position, and its `size`, names of `knob_shares`."""
+def knob_finding(study: Study, position: int, labels: tuple[str, str]) -> Finding:
+    """Whether the knob follows what layer 1 reads at a position, and the sizes up to it."""
     shares = knob_shares(study)
-    places = [*(f"position {s}" for s in range(5)), "positions 5 to 13"]
-    others = [shares[name] for name in places if name != f"position {position}"]
-    first = all(shares[read][i] >= max(0.5, *(other[i] for other in others)) for i in (0, 1))
-    values = {f"{name}, to {kind}": shares[name][i] for name in (read, size)
-              for i, kind in ((0, "growing"), (1, "decaying"))}
-    return Finding(shares[read], verdict(first and min(shares[size]) >= 0.5, first), values, control)
+    read, size = shares[f"position {position}"], shares[f"size up to {position}"]
+    places = [*(f"position {s}" for s in range(5) if s != position), "positions 5 to 13"]
+    first = all(read[i] >= max(0.5, *(shares[name][i] for name in places)) for i in (0, 1))
+    values = {f"{label}, to {kind}": share[i] for label, share in zip(labels, (read, size))
+              for i, kind in enumerate(("growing", "decaying"))}
+    return Finding(read, verdict(first and min(size) >= 0.5, first), values, shares)
 
 
 @claim("what turns the knob is the size of the first two vectors", None, 26, "share that follows", 2)
@@ -1817,7 +1796,7 @@ def claim_knob(study: Study) -> Finding:
     """See `knob_shares`. In both directions at least half of the change of the log scale follows layer 1's
     key and value of source position 1 alone, and more than those of any other position; and at least half
     follows the size of the first two vectors, seen through position 1 alone. Partly if only the first."""
-    return knob_finding(study, 1, "position 1", "size", knob_shares(study))
+    return knob_finding(study, 1, ("position 1", "size"))
 
 
 @claim("what turns the knob is the size of the vectors up to layer 1's favourite position", None, 26,
@@ -1827,11 +1806,12 @@ def claim_knob_favourite(study: Study) -> Finding:
     least half of the change of the log scale follows layer 1's key and value of it alone, and more than those
     of any other of positions 0 to 4, or of 5 to 13 together; and at least half follows the size of the
     vectors up to it, seen through it alone. Partly if only the first."""
-    favourite, growing = favourite_source(study), knob_shares(study, (1.1, 1.3), (1.7, 2.0))
-    control = {f"|c| 1.1 to 1.3 given of 1.7 to 2, and back: {name}": growing[name]
-               for name in ("z", "favourite", "favourite, size", "positions 5 to 13")}
-    found = knob_finding(study, favourite, "favourite", "favourite, size", control)
-    return replace(found, values={"its position": favourite} | found.values)
+    s = favourite_source(study)
+    found = knob_finding(study, s, ("favourite", "favourite, size"))
+    names = ("z", f"position {s}", f"size up to {s}", "positions 5 to 13")
+    growing = knob_shares(study, (1.1, 1.3), (1.7, 2.0), names)
+    control = {f"|c| 1.1 to 1.3 given of 1.7 to 2, and back: {name}": growing[name] for name in names}
+    return replace(found, values={"its position": s} | found.values, control=control)
 
 
 @figure(26, "what turns the knob (ours)", layers=2)
@@ -1859,7 +1839,176 @@ def figure_knob(study: Study):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Tasks and depths: runs that differ in what they learn, or in how much transformer they have
+# Runs compared: seeds and settings, when it forms, other recurrences, one to three layers
+
+MARKS = {"reproduced": ("o", TRUTH), "partly": ("s", MODEL), "not reproduced": ("X", LENS)}  # by verdict
+
+
+def seed_results(study: Study, run: str, progress: "Progress") -> dict:
+    """Every claim on a run and, as its course, at the steps that it kept, without steps 1 to 63, in which
+    nothing happens: from RUN/claims.json if that is of these weights, this code and seed, else anew."""
+    path, name = os.path.join(run, "claims.json"), os.path.basename(run)
+    kept = sorted(glob.glob(os.path.join(glob.escape(run), "steps", "[0-9]*.pt")))
+    steps = {int(os.path.basename(weights).removesuffix(".pt")): weights for weights in kept}
+    steps = {step: weights for step, weights in steps.items() if not 0 < step < 64}
+    described = plain(meta(study, run) | {"steps": list(steps)})
+    with contextlib.suppress(FileNotFoundError, ValueError):  # there is none that this program wrote
+        found = load_file(path, "claims")
+        if found.get("meta") == described:
+            progress.total -= 1
+            return found
+    chosen, course = [name for name, entry in CLAIMS.items() if study.has(entry)], {}
+    part = 1 / (len(chosen) + len(steps))
+    claims = measure(study, chosen, progress, f"{name} ", part)
+    for step, weights in steps.items():
+        progress.next(f"{name} step {step:,}", part)
+        small = Study(load_weights(weights), study.seed, SMALL, study.log, study.task_name)
+        each = {claim: CLAIMS[claim].function(small) for claim in chosen}
+        course[str(step)] = {claim: {"verdict": f.verdict, "values": f.values} for claim, f in each.items()}
+    found = {"meta": described, "claims": claims, "course": plain(course)}
+    with contextlib.suppress(OSError):  # of a run that others own
+        save_json(found, path)
+    return found
+
+
+def by_setting(runs: dict[str, dict]) -> dict[str, list[dict]]:
+    """The runs of `seed_results` by activation, initialisation and what else of model, task and steps is
+    unlike the paper; the setting of most runs first."""
+    groups: dict[str, list[dict]] = {}
+    for found in runs.values():
+        about, usual = found["meta"], asdict(Config())
+        config = dict(about["config"])
+        parts = [config.pop("act_fn"), f"{config.pop('initializer_range'):.3g}"]
+        parts += [f"{name} {value}" for name, value in config.items() if value != usual[name]]
+        parts += [about["task"]] * (about["task"] != Options.task)
+        parts += [f"step {about['step']:,}"] * (about["step"] != Options.steps)
+        groups.setdefault(", ".join(parts), []).append(found)
+    return dict(sorted(groups.items(), key=lambda group: -len(group[1])))
+
+
+def count_verdicts(runs: Iterable[dict], name: str) -> list[int]:
+    """In how many runs a claim is reproduced, partly, and not."""
+    verdicts = [found["claims"][name]["verdict"] for found in runs]
+    return [verdicts.count(verdict) for verdict in MARKS]
+
+
+def over_runs(runs: Iterable[dict], name: str) -> dict[str, np.ndarray]:
+    """The values of a claim by label, [runs]."""
+    values = [found["claims"][name]["values"] for found in runs]
+    return {label: np.array([each[label] for each in values]) for label in values[0]}
+
+
+def panel_each(names: Iterable[str], title: str):
+    """A panel for each claim, with its unit and the paper's value, and one more: canvas, {name: axes},
+    axes."""
+    names = list(names)
+    rows = len(names) // 4 + 1
+    canvas, panels = grid(rows, 4, 11, 2.4 * rows, title)
+    for axes, name in zip(panels.flat, names):
+        paper, unit = CLAIMS[name].paper, CLAIMS[name].unit
+        if unit != "MSE / unchanged" and isinstance(paper, (float, list)):
+            for value in np.ravel(paper):
+                axes.axhline(value, color=OTHER, ls="--", lw=1)
+        axes.set_yscale("log" if "MSE" in unit or unit == "unexplained share" else "linear")
+        axes.set_ylabel(textwrap.fill(unit, 24), fontsize=7)
+        axes.set_title(name, fontsize=8)
+    for axes in panels.flat[len(names) :]:
+        axes.axis("off")
+    return canvas, dict(zip(names, panels.flat)), panels.flat[len(names)]
+
+
+def figure_seeds(runs: dict[str, dict]):
+    """A panel for each claim on the runs of the first setting: a mark for each, in one order, a bar at their
+    mean."""
+    setting, seeds = next(iter(by_setting(runs).items()))
+    title = f"The claims over {len(seeds)} seeds ({setting})"
+    canvas, panels, legend = panel_each(seeds[0]["claims"], title)
+    for name, axes in panels.items():
+        values, fresh = over_runs(seeds, name), seeds[0]["claims"][name]["untrained"]["values"]
+        for x, (label, group) in enumerate(values.items()):
+            places = np.linspace(-0.25, 0.25, len(seeds)) * (len(seeds) > 1)
+            for at, value, found in zip(places, group, seeds):
+                marker, color = MARKS[found["claims"][name]["verdict"]]
+                axes.plot(x + at, value, marker=marker, color=color, ms=5, mec="none", ls="")
+            axes.plot([x - 0.35, x + 0.35], [group.mean()] * 2, color="black", lw=1)
+            axes.plot(x, fresh[label], marker="_", color="0.5", ms=14)
+        width, size = (11, 6.5) if len(values) < 4 else (9, 4.8)
+        labels = [textwrap.fill(label, width, break_long_words=False) for label in values]
+        axes.set_xticks(range(len(values)), labels, fontsize=size)
+        axes.set_xlim(-0.6, len(values) - 0.4)
+        paper = "" if CLAIMS[name].paper is None else "paper: "
+        count = count_verdicts(seeds, name)[0]
+        axes.set_title(f"{name}: {count} of {len(seeds)}\n{paper}{paper_text(name)}", fontsize=8)
+    for verdict, (marker, color) in MARKS.items():
+        legend.plot([], [], marker=marker, color=color, ls="", label=verdict)
+    legend.plot([], [], color="black", lw=1, label="mean over seeds")
+    legend.plot([], [], marker="_", color="0.5", ls="", ms=14, label="untrained")
+    legend.plot([], [], color=OTHER, ls="--", lw=1, label="paper")
+    legend.legend(loc="center")
+    return canvas
+
+
+def figure_course(runs: dict[str, dict]):
+    """A panel for each claim against the step, a line a value and run of the first setting; and how many
+    claims hold. Ranges are those from step 512 on: shares of nothing, before, may be of any size."""
+    courses = [found["course"] for found in next(iter(by_setting(runs).values())) if found["course"]]
+    title = f"When it forms: the values of the claims against the step, {len(courses)} seeds"
+    canvas, panels, last = panel_each(next(iter(courses[0].values())), title)
+    for name, axes in panels.items():
+        late = [line.get_ydata()[0] for line in axes.lines]  # the paper's value
+        for i, steps in enumerate(courses):
+            x = np.array(list(map(int, steps)))
+            for j, label in enumerate(next(iter(steps.values()))[name]["values"]):
+                y = np.array([claims[name]["values"][label] for claims in steps.values()])
+                axes.plot(x, y, color=f"C{j}", lw=0.8, label=None if i else textwrap.fill(label, 28))
+                late += y[x >= min(512, x[-1])].tolist()
+        if axes.get_yscale() == "linear":
+            margin = 0.05 * (max(late) - min(late)) + 1e-9
+            axes.set_ylim(min(late) - margin, max(late) + margin)
+    for i, steps in enumerate(courses):
+        for ours, color, label in ((False, TRUTH, "the paper's"), (True, LENS, "ours")):
+            y = [sum(found["verdict"] == "reproduced" for name, found in claims.items()
+                     if (CLAIMS[name].paper is None) == ours) for claims in steps.values()]
+            last.plot(list(map(int, steps)), y, color=color, lw=0.8, label=None if i else label)
+    last.axis("on")
+    last.set(title="claims that hold", ylabel="number of claims")
+    for axes in (*panels.values(), last):
+        axes.set_xscale("symlog", linthresh=100)  # logarithmic, but with a place for 0
+        axes.set_xticks([0, 1000, 100_000], ["0", "1,000", "100,000"])
+        axes.set_xlim(0, max(1, *(int(step) for steps in courses for step in steps)))
+        axes.legend(fontsize=5.5, frameon=True, framealpha=0.7, edgecolor="none")
+    canvas.supxlabel("step", fontsize=9)
+    return canvas
+
+
+SEEDS_INTRO = """\
+# The claims over seeds and settings
+
+Written by `python analyze.py --seeds`; the rules are in `results.md`. A setting is the activation, the
+standard deviation of the initial weights and what else is unlike the paper. In bold: reproduced / partly /
+not. Values: mean over seeds (standard deviation): each seed, in the order of `seeds.json`.
+"""
+
+
+def seeds_markdown(runs: dict[str, dict]) -> str:
+    """seeds.md: verdicts and values of each claim over the seeds of each setting."""
+    settings = by_setting(runs)
+    seeds, rows = next(iter(settings.values())), []
+    for name, found in seeds[0]["claims"].items():
+        rows.append([f"[`{name}`](results.md#{name})", paper_text(name), CLAIMS[name].unit])
+        for group in settings.values():
+            if name not in group[0]["claims"]:
+                rows[-1].append("-")
+                continue
+            counts = " / ".join(map(str, count_verdicts(group, name)))
+            cells = [f"**{counts}**"]
+            for label, each in over_runs(group, name).items():
+                spread = f" ({short(each.std(ddof=1))}): {short(each.tolist())}" if len(each) > 1 else ""
+                cells.append(f"{label}: {short(each.mean())}{spread}")
+            rows[-1].append("<br>".join(cells))
+        fresh = found["untrained"]["values"].items()
+        rows[-1].append("<br>".join(f"{label}: {short(value)}" for label, value in fresh))
+    return "\n".join([SEEDS_INTRO, *table(["claim", "paper", "unit", *settings, "untrained"], rows), ""])
 
 
 def root_strides(weights: Weights) -> dict[str, float]:
@@ -1886,9 +2035,10 @@ def root_strides(weights: Weights) -> dict[str, float]:
     return {name: value.mean() for name, value in found.items()}
 
 
-def task_results(study: Study) -> dict:
+def task_results(study: Study, run: str, progress: "Progress") -> dict:
     """How well a task is learnt, and by which weights. It is learnt with an error of at most a tenth of what
     repeating the last vector or predicting 0 leaves, whichever is less, and partly with less than that."""
+    progress.next(os.path.basename(run))
     errors = predictor_errors(study, study.test.a)
     mean = {name: e.mean() for name, e in errors.items()}
     simple = min(mean["zero"], mean["last vector"])
@@ -1900,14 +2050,15 @@ def task_results(study: Study) -> dict:
         found["explained by source weights"] = weights.explained
         found["how far they differ between directions, relative"] = weights.spread
         found |= root_strides(weights) if study.task.linear else {}
-    return found | {"by position": {name: e.mean(0) for name, e in errors.items()}}
+    found["by position"] = {name: e.mean(0) for name, e in errors.items()}
+    return plain(found | {"meta": meta(study, run)})
 
 
 def figure_tasks(runs: dict[str, dict]):
     """Error by position, a panel for each of `task_results`."""
     rows = -(-len(runs) // 4)
-    title = "Other recurrences: error by position n, at which the next vector is predicted"
     columns = -(-len(runs) // rows)
+    title = "Other recurrences: error by position n, at which the next vector is predicted"
     canvas, panels = grid(rows, columns, 11, 0.8 + 2.5 * rows, title, sharey=True, squeeze=False)
     lines = {}
     for axes, found in zip(panels.flat, runs.values()):
@@ -1923,9 +2074,10 @@ def figure_tasks(runs: dict[str, dict]):
     return canvas
 
 
-def depth_results(study: Study) -> dict:
+def depth_results(study: Study, run: str, progress: "Progress") -> dict:
     """Which parts a model of any depth has: copy (A and B), gain (what a clean final scale mends of an
     ablation), subtraction (factors on a*); and its error."""
+    progress.next(os.path.basename(run))
     errors, (A, B, _) = predictor_errors(study, study.test.a), strong_strides(study)
     found = {"layers": len(study.layers), "MSE, all lengths": claim_mse(study).measured,
              "MSE, 14 inputs": errors["model"].mean(), "A / c^2": A[..., 5:].mean(),
@@ -1939,7 +2091,8 @@ def depth_results(study: Study) -> dict:
     for name, (fixed, _) in factors_by_component(study).items():
         found[f"{name}: factor on a* at |c| = {', '.join(map(str, TAKEN_AT))}"] = fixed
     found["by position"] = errors["model"].mean(0)
-    return found | {"by |c|": by_size(study.test.c, errors["model"].mean(1))}
+    found["by |c|"] = by_size(study.test.c, errors["model"].mean(1))
+    return plain(found | {"meta": meta(study, run)})
 
 
 def figure_depths(runs: dict[str, dict]):
@@ -1966,289 +2119,51 @@ def figure_depths(runs: dict[str, dict]):
     return canvas
 
 
-SURVEYS = {"tasks": (task_results, figure_tasks, "any"), "depths": (depth_results, figure_depths, "affine")}
-
-
-def survey(kind: str, folder: str, seed: int, out: str):
-    """Measure every run in `folder`/*/ and set them beside one another: KIND.json, KIND.md and KIND.png in
-    `out`. Raises FileNotFoundError where there is none, ValueError for one of a task that has no part in it,
-    and what `open_study` raises."""
-    measure_one, figure_of, tasks = SURVEYS[kind]
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "weights.pt")))
-    if not paths:
-        raise FileNotFoundError(f"there is no run in {os.path.join(folder, '*')}: train some with train.py")
-    studies = {run: open_study(run, seed) for run in map(os.path.dirname, paths)}
-    studies = dict(sorted(studies.items(), key=lambda item: len(item[1].layers)))
-    for run, study in studies.items():
-        if tasks not in study.kinds:
-            raise ValueError(f"--{kind} is about {tasks} recurrences, but {run} learnt {study.task_name}")
-    os.makedirs(out, exist_ok=True)
-    progress, runs = Progress(len(studies)), {}
-    for run, study in studies.items():
-        progress.next(os.path.basename(run))
-        runs[os.path.basename(run)] = plain(measure_one(study) | {"meta": meta(study, run)})
-    progress.finish()
+def side_by_side(kind: str, runs: dict[str, dict]) -> str:
+    """KIND.md: a column for each run."""
     labels = dict.fromkeys(label for found in runs.values() for label in found)
     labels = (label for label in labels if label != "meta" and not label.startswith("by "))
     rows = ([label, *(short(found.get(label, "-")) for found in runs.values())] for label in labels)
-    lines = [f"# {kind.capitalize()}", "", f"Written by `python analyze.py --{kind}`.", ""]
-    save_json(runs, os.path.join(out, f"{kind}.json"))
-    write_text(out, f"{kind}.md", "\n".join([*lines, *table([kind, *runs], rows), ""]))
-    draw(figure_of, runs, os.path.join(out, f"{kind}.png"))
-    print(f"{kind}.json, {kind}.md and {kind}.png in {out}, {progress.elapsed():.0f} s")
+    intro = [f"# {kind.capitalize()}", "", f"Written by `python analyze.py --{kind}`.", ""]
+    return "\n".join([*intro, *table([kind, *runs], rows), ""])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Runs compared: seeds, settings, and when it forms
-
-MARKS = {"reproduced": ("o", TRUTH), "partly": ("s", MODEL), "not reproduced": ("X", LENS)}  # by verdict
-
-
-def course(study: Study) -> dict[str, dict]:
-    """What is followed through a run: every claim, and the weight of the vector before, by c."""
-    claims = {name: CLAIMS[name].function(study) for name in applicable(CLAIMS, study)}
-    found = {name: {"verdict": each.verdict, "values": each.values} for name, each in claims.items()}
-    if "affine" in study.kinds:
-        weights = {f"c = {c}": read_weights(study, c).w.mean(0)[9, 8] for c in (1.5, 0.5)}
-        found["weight of a_{n-1} at position 9"] = {"values": weights}
-    return plain(found)
+COMPARISONS = {  # what measures a run, and what draws and tells of all
+    "seeds": (seed_results, figure_seeds, seeds_markdown),
+    "tasks": (task_results, figure_tasks, functools.partial(side_by_side, "tasks")),
+    "depths": (depth_results, figure_depths, functools.partial(side_by_side, "depths")),
+}
 
 
-def measure_run(run: str, seed: int, progress: "Progress", steps: dict[int, str]) -> dict:
-    """Claims and course, at `steps`, of a run: its results.json if it is of these weights, this code and
-    seed, else anew."""
-    path, name = os.path.join(run, "results.json"), os.path.basename(run)
-    study = open_study(run, seed)
-    described = meta(study, run) | {"steps": len(steps)}
-    try:
-        found = load_file(path, "results")
-    except (FileNotFoundError, ValueError):  # or none that this program wrote: it is replaced
-        found = {}
-    if found.get("meta") == described:
-        progress.total -= len(CLAIMS) + len(steps)
-        return found
-    chosen, followed = applicable(CLAIMS, study), {}
-    progress.total -= len(CLAIMS) - len(chosen)
-    claims = measure(study, chosen, progress, f"{name} ")
-    for step, weights in steps.items():
-        progress.next(f"{name} step {step:,}")
-        followed[str(step)] = course(Study(load_weights(weights), seed, SMALL, study.log, study.task_name))
-    results = {"meta": described, "claims": claims, "course": followed}
-    save_json(results, path)
-    return results
-
-
-def kept_steps(run: str) -> dict[int, str]:
-    """The weights that a run kept, {step: path}, without steps 1 to 63, in which nothing happens."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(run), "steps", "*.pt")))
-    steps = {int(os.path.basename(path).removesuffix(".pt")): path for path in paths}
-    return {step: path for step, path in steps.items() if not 0 < step < 64}
-
-
-def over_seeds(runs: dict[str, dict]) -> dict[str, dict]:
-    """What each claim comes to over the runs of a setting, from {seed: results}."""
-    claims = {}
-    for name, first in next(iter(runs.values()))["claims"].items():
-        each = {seed: results["claims"][name] for seed, results in runs.items()}
-        claims[name] = {"verdicts": {seed: found["verdict"] for seed, found in each.items()}, "values": {}}
-        for label in first["values"]:
-            values = np.array([found["values"][label] for found in each.values()])
-            untrained = np.mean([found["untrained"]["values"][label] for found in each.values()])
-            sd = values.std(ddof=1) if len(values) > 1 else 0.0
-            claims[name]["values"][label] = {"seeds": values, "mean": values.mean(), "sd": sd,
-                                             "untrained": untrained}
-    return plain(claims)
-
-
-def count_verdicts(verdicts: Iterable[str]) -> dict[str, int]:
-    verdicts = list(verdicts)
-    return {verdict: verdicts.count(verdict) for verdict in MARKS}
-
-
-def holding(found: dict[str, dict], ours: bool) -> int:
-    """How many of the paper's claims, or of ours, are reproduced in a `course`."""
-    return sum(found[name]["verdict"] == "reproduced" for name, claim in CLAIMS.items()
-               if (claim.paper is None) == ours and name in found)
-
-
-def panel_each(names: Iterable[str], title: str):
-    """A panel for each of the claims, with its unit and the paper's value: canvas, {name: axes}, other
-    axes."""
-    names = list(names)
-    rows = -(-(len(names) + 1) // 4)
-    canvas, panels = grid(rows, 4, 11, 2.3 * rows, title)
-    for axes, name in zip(panels.flat, names):
-        claim = CLAIMS.get(name)
-        unit = claim.unit if claim else "weight"
-        if claim and claim.unit != "MSE / unchanged" and isinstance(claim.paper, (float, list)):
-            for value in np.ravel(claim.paper):
-                axes.axhline(value, color=OTHER, ls="--", lw=1)
-        axes.set_yscale("log" if "MSE" in unit or unit == "unexplained share" else "linear")
-        axes.set_ylabel(textwrap.fill(unit, 24), fontsize=7)
-        axes.set_title(name, fontsize=8)
-    others = panels.flat[len(names) :]
-    for axes in others:
-        axes.axis("off")
-    return canvas, dict(zip(names, panels.flat)), others
-
-
-def figure_seeds(claims: dict[str, dict]):
-    """A panel for each claim of `over_seeds`: a mark for each seed, in one order, a bar at their mean."""
-    seeds = len(next(iter(claims.values()))["verdicts"])
-    canvas, panels, (legend, *_) = panel_each(claims, f"The claims over {seeds} seeds")
-    for name, axes in panels.items():
-        found = claims[name]
-        for x, group in enumerate(found["values"].values()):
-            places = x + np.linspace(-0.25, 0.25, seeds) * (seeds > 1)
-            for at, value, verdict in zip(places, group["seeds"], found["verdicts"].values()):
-                marker, color = MARKS[verdict]
-                axes.plot(at, value, marker=marker, color=color, ms=5, mec="none", ls="")
-            axes.plot([x - 0.35, x + 0.35], [group["mean"]] * 2, color="black", lw=1)
-            axes.plot(x, group["untrained"], marker="_", color="0.5", ms=14)
-        labels = [textwrap.fill(label, 11 if len(found["values"]) < 4 else 8) for label in found["values"]]
-        axes.set_xticks(range(len(labels)), labels, fontsize=6.5)
-        axes.set_xlim(-0.6, len(labels) - 0.4)
-        count, paper = count_verdicts(found["verdicts"].values())["reproduced"], CLAIMS[name].paper
-        paper = "ours" if paper is None else f"paper: {paper_text(paper)}"
-        axes.set_title(f"{name}: {count} of {seeds}\n{paper}", fontsize=8)
-    for verdict, (marker, color) in MARKS.items():
-        legend.plot([], [], marker=marker, color=color, ls="", label=verdict)
-    legend.plot([], [], color="black", lw=1, label="mean over seeds")
-    legend.plot([], [], marker="_", color="0.5", ls="", ms=14, label="untrained")
-    legend.plot([], [], color=OTHER, ls="--", lw=1, label="paper")
-    legend.legend(loc="center")
-    return canvas
-
-
-def figure_course(courses: dict[str, dict]):
-    """A panel for each claim against the step, from {seed: {step: course}}: a line a seed and value; and how
-    many claims hold. Ranges are those from step 512 on: shares of nothing, before, may be of any size."""
-    first = next(iter(next(iter(courses.values())).values()))
-    title = f"When it forms: the values of the claims against the step, {len(courses)} seeds"
-    canvas, panels, (last, *_) = panel_each(first, title)
-    for name, axes in panels.items():
-        late = [line.get_ydata()[0] for line in axes.lines]  # the paper's value
-        for i, steps in enumerate(courses.values()):
-            x = np.array(list(map(int, steps)))
-            for j, label in enumerate(first[name]["values"]):
-                y = np.array([found[name]["values"][label] for found in steps.values()])
-                axes.plot(x, y, color=f"C{j}", lw=0.8, label=None if i else label)
-                late += y[x >= min(512, x[-1])].tolist()
-        if axes.get_yscale() == "linear":
-            margin = 0.05 * (max(late) - min(late)) + 1e-9
-            axes.set_ylim(min(late) - margin, max(late) + margin)
-    for i, steps in enumerate(courses.values()):
-        for ours, color, label in ((False, TRUTH, "the paper's"), (True, LENS, "ours")):
-            y = [holding(found, ours) for found in steps.values()]
-            last.plot(list(map(int, steps)), y, color=color, lw=0.8, label=None if i else label)
-    last.axis("on")
-    last.set(title="claims that hold", ylabel="number of claims")
-    for axes in (*panels.values(), last):
-        axes.set_xscale("symlog", linthresh=100)  # logarithmic, but with a place for 0
-        axes.set_xticks([0, 1000, 100_000], ["0", "1,000", "100,000"])
-        axes.set_xlim(0, max(map(int, next(iter(courses.values())))))
-        axes.legend(fontsize=6)
-    canvas.supxlabel("step", fontsize=9)
-    return canvas
-
-
-SEEDS_INTRO = """\
-# The claims over seeds and settings
-
-Written by `python analyze.py --seeds`; the rules are in `results.md`. A setting is the activation and the
-standard deviation of the initial weights. In bold: reproduced / partly / not. Values: mean over seeds
-(standard deviation): each seed, in the order in which they stand here.
-"""
-
-
-def seeds_markdown(settings: dict[str, dict]) -> str:
-    """seeds.md: verdicts and values of each claim over the seeds of each setting."""
-    first, rows = next(iter(settings.values())), []
-    for name, found in first["claims"].items():
-        rows.append([f"[`{name}`](results.md#{name})", paper_text(CLAIMS[name].paper), CLAIMS[name].unit])
-        for setting in settings.values():
-            each = setting["claims"].get(name, {"verdicts": {}, "values": {}})
-            counts = " / ".join(map(str, count_verdicts(each["verdicts"].values()).values()))
-            values = [f"{label}: {short(group['mean'])} ({short(group['sd'])}): {short(group['seeds'])}"
-                      for label, group in each["values"].items()]
-            rows[-1].append("<br>".join([f"**{counts}**", *values]) if values else "-")
-        fresh = (f"{label}: {short(group['untrained'])}" for label, group in found["values"].items())
-        rows[-1].append("<br>".join(fresh))
-    lines = [SEEDS_INTRO, *(f"{name}: {', '.join(found['runs'])}  " for name, found in settings.items()), ""]
-    lines += table(["claim", "paper", "unit", *settings, "untrained"], rows)
-    if courses := first["course"]:
-        count = lambda found: f"{holding(found, False)} + {holding(found, True)}" if found else "-"
-        rows = ([f"{int(step):,}", *(count(steps.get(step)) for steps in courses.values())]
-                for step in next(iter(courses.values())))
-        lines += ["", "## How many claims hold at each step", "", "Of the paper's + of ours, measured on"]
-        lines += ["fewer sequences than above.", "", *table(["step", *courses], rows)]
-    return "\n".join([*lines, ""])
-
-
-def open_runs(folder: str) -> tuple[str, dict[str, str]]:
-    """The setting and the runs, {name: path}, of `folder`/seed_*/.
-
-    Raises FileNotFoundError where there is none, and FileNotFoundError or ValueError for one that cannot be
-    read, is at another step or was trained in another setting than the others.
-    """
-    where = os.path.join(folder, "seed_*")
-    runs = sorted(filter(os.path.isdir, glob.glob(os.path.join(glob.escape(folder), "seed_*"))))
-    if not runs:
-        how = f"train some with train.py --seeds 0-3 --out {folder}"
-        raise FileNotFoundError(f"there is no run in {where}: {how}")
-    found = []
-    for path in runs:
-        study = open_study(path, 0)
-        config = study.model.config
-        setting = f"{config.act_fn}, {config.initializer_range:.3g}"
-        setting += "" if config.n_layers == 3 else f", {config.n_layers} layers"
-        setting += "" if "affine" in study.kinds else f", {study.task_name}"
-        found.append((setting, int(study.log["step"][-1])))
-        if found[-1] != found[0]:
-            kinds = " and ".join(f"{setting} at step {step:,}" for setting, step in sorted(set(found)))
-            other = f"{path} is another kind of run than those before it"
-            raise ValueError(f"{other}: {kinds}; move it elsewhere")
-    return setting, {os.path.basename(path): path for path in runs}
-
-
-def compare_runs(folders: list[str], seed: int, out: str):
-    """Measure every run in FOLDER/seed_*/ of each folder and compare them; write seeds.json, seeds.md and
-    seeds.png to `out`, and steps.png if the runs of the first folder kept weights in steps/.
-
-    What is measured is kept in each run's own results.json, so that after an interruption only the rest is
-    measured. Raises what `open_runs` raises, and ValueError for two folders with one setting.
-    """
-    groups: dict[str, dict[str, str]] = {}
+def compare(kind: str, folders: list[str], seed: int, out: str):
+    """Measure every run in FOLDER/*/ of the `folders` and set them beside one another: KIND.json, KIND.md and
+    KIND.png in `out`, and steps.png of seeds that kept weights on the way. FileNotFoundError where there is
+    no run, ValueError for depths of another task, and what `open_study` raises."""
+    measure_one, figure_of, text_of = COMPARISONS[kind]
+    studies, folders = {}, [os.path.abspath(folder) for folder in folders]
     for folder in folders:
-        setting, runs = open_runs(folder)
-        if setting in groups:
-            here = f"{folder} has the setting {setting} of a folder before it"
-            raise ValueError(f"{here}: put all its seeds in one")
-        groups[setting] = runs
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "weights.pt")))
+        if not paths:
+            where = os.path.join(folder, "*", "weights.pt")
+            raise FileNotFoundError(f"there is no run in {where}: train some with train.py")
+        studies |= {run: open_study(run, seed) for run in map(os.path.dirname, paths)}
+    order = list(studies)
+    if kind == "depths":
+        order.sort(key=lambda run: len(studies[run].layers))
+        if others := [run for run in order if studies[run].task_name != "affine"]:
+            learnt = studies[others[0]].task_name
+            raise ValueError(f"--depths is about affine recurrences, but {others[0]} learnt {learnt}")
     os.makedirs(out, exist_ok=True)
-    main, settings = next(iter(groups)), {}  # only runs of the first setting are followed through training
-    steps = {path: kept_steps(path) if setting == main else {} for setting, runs in groups.items()
-             for path in runs.values()}
-    progress = Progress(sum(len(CLAIMS) + len(kept) for kept in steps.values()))
-    for setting, runs in groups.items():
-        found = {name: measure_run(path, seed, progress, steps[path]) for name, path in runs.items()}
-        metas = {name: each["meta"] for name, each in found.items()}
-        courses = {name: each["course"] for name, each in found.items() if each["course"]}
-        settings[setting] = {"runs": metas, "claims": over_seeds(found), "course": courses}
+    progress, above, runs = Progress(len(studies)), os.path.commonpath(folders), {}
+    for run in order:
+        runs[os.path.relpath(run, above)] = measure_one(studies.pop(run), run, progress)
     progress.finish()
-    first, files = settings[main], ["seeds.json", "seeds.md", "seeds.png"]
-    draw(figure_seeds, first["claims"], os.path.join(out, "seeds.png"))
-    if first["course"]:
-        draw(figure_course, first["course"], os.path.join(out, "steps.png"))
-        files.append("steps.png")
-    save_json({"settings": settings}, os.path.join(out, "seeds.json"))
-    write_text(out, "seeds.md", seeds_markdown(settings))
-    for setting, found in settings.items():
-        print(f"{setting}, {len(found['runs'])} seeds:")
-        for name, claim in found["claims"].items():
-            counts = count_verdicts(claim["verdicts"].values()).items()
-            print(f"  {name:22}{', '.join(f'{count} {verdict}' for verdict, count in counts if count)}")
-    print(f"{', '.join(files)} in {out}, {progress.elapsed():.0f} s")
+    save_json(runs, os.path.join(out, f"{kind}.json"))
+    write_text(out, f"{kind}.md", text_of(runs))
+    draw(figure_of, runs, os.path.join(out, f"{kind}.png"))
+    if kind == "seeds" and any(found["course"] for found in next(iter(by_setting(runs).values()))):
+        draw(figure_course, runs, os.path.join(out, "steps.png"))
+    print(f"{kind}.json, {kind}.md and pictures of {len(runs)} runs in {out}, {progress.elapsed():.0f} s")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2277,8 +2192,9 @@ def short(value) -> str:
     return str(value)
 
 
-def paper_text(paper) -> str:
-    """The paper's value as a table has it: a range by its ends; a claim of ours has none."""
+def paper_text(name: str) -> str:
+    """The paper's value of a claim as a table has it: a range by its ends; one of ours has none."""
+    paper = CLAIMS[name].paper
     if paper is None:
         return "(ours)"
     return f"{paper[0]} to {paper[1]}" if isinstance(paper, list) else short(paper)
@@ -2295,23 +2211,13 @@ def figure_file(number: int) -> str:
     return f"fig{number:02d}_{FIGURES[number].function.__name__.removeprefix('figure_')}.png"
 
 
-def applicable(entries: dict, study: Study) -> list:
-    """The names in FIGURES or CLAIMS that have a meaning for so many layers and for this task."""
-    fits = lambda entry: entry.layers <= len(study.layers) and entry.tasks in study.kinds
-    return [name for name, entry in entries.items() if fits(entry)]
-
-
-def digest(*paths: str) -> str:
-    """SHA-256 of files, one after the other."""
-    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
-
-
 def meta(study: Study, run: str) -> dict:
     """What the numbers were computed from, and with."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    code = (os.path.join(here, f"{name}.py") for name in ("data", "model", "interventions", "analyze"))
+    digest = lambda *paths: hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    here = Path(__file__).resolve().parent
+    code = (here / f"{name}.py" for name in ("data", "model", "interventions", "analyze"))
     versions = {module.__name__: module.__version__ for module in (torch, np, matplotlib)}
-    return {"sha256": digest(os.path.join(run, "weights.pt")), "code": digest(*code),
+    return {"sha256": digest(Path(run) / "weights.pt"), "code": digest(*code),
             "step": int(study.log["step"][-1]), "task": study.task_name, "config": asdict(study.model.config),
             "seed": study.seed, "samples": {name.lower(): globals()[name] for name in SAMPLES},
             "versions": {"python": platform.python_version()} | versions}
@@ -2332,43 +2238,35 @@ def markdown(results: dict) -> str:
     for name, found in results["claims"].items():
         fresh, number = found["untrained"], CLAIMS[name].figure
         rows.append([f"[`{name}`](#{name}) {found['claim']}", f"[{number}]({figure_file(number)})",
-                     paper_text(found["paper"]), short(found["measured"]),
+                     paper_text(name), short(found["measured"]),
                      " to ".join(map(short, found["interval"] or ())), found["verdict"]])
         verdicts = f"**{found['verdict']}** (untrained: {fresh['verdict']})"
         details += ["", f"## {name}", "", f"{found['claim']}: {verdicts}.", "", f"Rule: {found['why']}", ""]
         values = ([key, short(value), short(fresh["values"][key])] for key, value in found["values"].items())
         details += [*table([CLAIMS[name].unit, "value", "untrained"], values), ""]
-        details += table(["control", "value"], ([k, short(v)] for k, v in found["control"].items()))
+        if found["control"]:
+            details += table(["control", "value"], ([k, short(v)] for k, v in found["control"].items()))
     header = ["claim", "figure", "paper", "measured", "95% interval", "verdict"]
     lines = [RESULTS_INTRO, *(f"{key}: {short(value)}  " for key, value in results["meta"].items()), ""]
     return "\n".join([*lines, *table(header, rows), *details, ""])
-
-
-def terminal_table(results: dict) -> str:
-    """The claims as lines for a terminal."""
-    rows = [("claim", "paper", "measured", "verdict")]
-    for name, found in results["claims"].items():
-        measured = textwrap.shorten(short(found["measured"]).replace("<br>", " / "), 50, placeholder=" ...")
-        rows.append((name, paper_text(found["paper"]), measured, found["verdict"]))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 class Progress:
     """A line on the terminal that names what is being made, with the time taken and the time left."""
 
     def __init__(self, total: int):
-        self.total, self.done, self.start, self.line = total, 0, time.perf_counter(), Line(sys.stderr)
+        self.total, self.done, self.start, self.line = total, 0.0, time.perf_counter(), Line(sys.stderr)
         self.finish = self.line.clear
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.start
 
-    def next(self, what: str):
-        left = self.elapsed() / max(1, self.done) * (self.total - self.done)
+    def next(self, what: str, part: float = 1.0):
+        left = self.elapsed() / max(part, self.done) * (self.total - self.done)
         left = f", about {left:.0f} s left" if self.done else ""
-        self.done += 1
-        self.line.show(f"[{self.done}/{self.total}] {what} ({self.elapsed():.0f} s{left})")
+        self.done += part
+        count = math.ceil(self.done - 1e-6)  # parts of 1 add up with a rounding error
+        self.line.show(f"[{count}/{self.total}] {what} ({self.elapsed():.0f} s{left})")
 
 
 def write_text(out: str, name: str, text: str):
@@ -2385,16 +2283,16 @@ def draw(figure_of: Callable, what, path: str):
         plt.close(canvas)
 
 
-def measure(study: Study, claims: Iterable[str], progress: Progress, prefix: str = "") -> dict[str, dict]:
-    """The `claims` as results.json has them, each also on the untrained model."""
+def measure(study: Study, names: Iterable[str], progress: Progress, prefix: str = "",
+            part: float = 1.0) -> dict[str, dict]:
+    """Claims as results.json has them, but for their text, each also on the untrained model."""
     results = {}
-    for name in claims:
-        progress.next(f"{prefix}claim {name}")
+    for name in names:
+        progress.next(f"{prefix}claim {name}", part)
         claim = CLAIMS[name]
         found, fresh = claim.function(study), claim.function(study.untrained)
-        text = {"claim": claim.text, "paper": claim.paper, "why": claim.rule}
         untrained = {"verdict": fresh.verdict, "values": fresh.values}
-        results[name] = plain({**text, **asdict(found), "untrained": untrained})
+        results[name] = plain(asdict(found) | {"untrained": untrained})
     return results
 
 
@@ -2403,39 +2301,41 @@ def analyse(run: str, seed: int, out: str, wanted: list[int] | None):
     reports. Says in a line what has no meaning for this run."""
     study = open_study(run, seed)
     entries = {number: FIGURES[number] for number in sorted(wanted or FIGURES)} | ({} if wanted else CLAIMS)
-    chosen = applicable(entries, study)
-    named = lambda names: ", ".join(f"figure {name}" if name in FIGURES else name for name in names)
-    shallow = [name for name, entry in entries.items() if entry.layers > len(study.layers)]
-    if shallow:
-        print(f"left out for want of layers: {named(shallow)}")
-    if others := [name for name in entries if name not in chosen + shallow]:
-        why = "which are not affine" if study.task.rotates else "which are not affine and may not be rotated"
-        print(f"left out for {study.task_name} sequences, {why}: {named(others)}")
+    left = [name for name, entry in entries.items() if not study.has(entry)]
+    if left := [f"figure {name}" if name in FIGURES else name for name in left]:
+        about = f"a model of {len(study.layers)} layers that learnt {study.task_name} sequences"
+        print(f"left out, without a meaning for {about}: {', '.join(left)}")
+    chosen = [name for name, entry in entries.items() if study.has(entry)]
+    figures = [name for name in chosen if name in FIGURES]
     os.makedirs(out, exist_ok=True)
-    progress, figures = Progress(len(chosen)), [name for name in chosen if name in FIGURES]
+    progress = Progress(len(chosen))
     for number in figures:
         progress.next(f"figure {number}: {FIGURES[number].text}")
         draw(FIGURES[number].function, study, os.path.join(out, figure_file(number)))
     claims = measure(study, [name for name in chosen if name in CLAIMS], progress)
     progress.finish()
     if not wanted:
+        text = lambda claim: {"claim": claim.text, "paper": claim.paper, "why": claim.rule}
+        claims = {name: text(CLAIMS[name]) | found for name, found in claims.items()}
         results = {"meta": {"weights": run} | meta(study, run), "claims": claims}
         save_json(results, os.path.join(out, "results.json"))
         write_text(out, "results.md", markdown(results))
-        print(terminal_table(results))
+        for name, found in claims.items():
+            measured = short(found["measured"]).replace("<br>", " / ")[:50]
+            print(f"{name:20}  {paper_text(name):16}  {measured:50}  {found['verdict']}")
     files = f"{len(figures)} figures{'' if wanted else ' and results.json, results.md'}"
     print(f"{files} in {out}, {progress.elapsed():.0f} s")
 
 
 def main():
     parser = CommandLine(__doc__)
-    option = parser.add_argument
-    option("--all", action="store_true", help="every figure and claim, results.json and results.md")
-    option("--list", action="store_true", help="list the figures and claims")
-    option("--fig", type=whole_number, action="append", metavar="N", help="figure N; also several times")
-    option("--seeds", nargs="+", metavar="DIR", help="compare the claims on every run in DIR/seed_*/")
-    for kind in SURVEYS:
-        option(f"--{kind}", metavar="DIR", help=f"compare the {kind} of the runs in DIR/*/")
+    what, option = parser.add_mutually_exclusive_group(required=True).add_argument, parser.add_argument
+    what("--all", action="store_true", help="every figure and claim, results.json and results.md")
+    what("--fig", type=whole_number, action="append", metavar="N", help="figure N; also several times")
+    what("--list", action="store_true", help="list the figures and claims")
+    what("--seeds", nargs="+", metavar="DIR", help="compare the claims on every run in DIR/*/")
+    what("--tasks", nargs=1, metavar="DIR", help="compare what the runs in DIR/*/ have learnt")
+    what("--depths", nargs=1, metavar="DIR", help="compare models of one, two and three layers in DIR/*/")
     option("--run", metavar="DIR", help="run folder with weights.pt and log.csv (default: weights)")
     option("--out", metavar="DIR", help="folder of what is written (default: figures, or figures in --run)")
     option("--seed", type=whole_number, help="of the sequences and random matrices (default: 0)")
@@ -2443,29 +2343,22 @@ def main():
     for number in given.get("fig", []):
         if number not in FIGURES:
             parser.error(f"there is no figure {number}; figures are 1 to {max(FIGURES)}, see --list")
-    comparisons = sorted(given.keys() & {"seeds", *SURVEYS})
-    if not comparisons and not given.keys() & {"all", "list", "fig"}:
-        parser.error("nothing to do: give --all, --fig N, --seeds DIR, --tasks DIR, --depths DIR or --list")
-    if comparisons and given.keys() & {"all", "fig", "run"}:
-        which = f"--{comparisons[0]} DIR"
-        parser.error(f"{which} is about other runs than --all, --fig and --run: give it by itself")
+    kind = next((kind for kind in COMPARISONS if kind in given), None)
+    if kind and "run" in given:
+        parser.error(f"--{kind} DIR is about the runs in DIR: leave out --run")
     run, seed = given.get("run", "weights"), given.get("seed", 0)
     out = given.get("out", os.path.join(run, "figures") if "run" in given else "figures")
 
     try:
-        if "list" in given:
+        if kind:
+            compare(kind, given[kind], seed, out)
+        elif "list" in given:
             for number in sorted(FIGURES):
                 print(f"figure {number:2}  {FIGURES[number].text}")
             for name, claim in CLAIMS.items():
-                where = f"paper: {paper_text(claim.paper)}; figure {claim.figure}"
-                print(f"claim  {name}: {claim.text} ({where})")
-        if "all" in given or "fig" in given:
-            analyse(run, seed, out, None if "all" in given else given["fig"])
-        for kind in comparisons:
-            if kind == "seeds":
-                compare_runs(given["seeds"], seed, out)
-            else:
-                survey(kind, given[kind], seed, out)
+                print(f"claim  {name}: {claim.text} (paper: {paper_text(name)}; figure {claim.figure})")
+        else:
+            analyse(run, seed, out, given.get("fig"))
     except (OSError, ValueError) as error:
         Line(sys.stderr).clear()  # of progress
         sys.exit(f"{parser.prog}: error: {error}")

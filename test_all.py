@@ -34,6 +34,7 @@ import train
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SMALL = model.Config(d_vocab=5, d_model=12, d_head=4, d_mlp=20, n_heads=3, n_layers=2, n_ctx=8)
+SMALL_TASK = dataclasses.replace(SMALL, d_vocab=40, n_ctx=32)  # the task's dimensions
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -163,10 +164,7 @@ class Data(TestCase):
 
     def test_first_vector_and_d_are_independent_and_equally_large(self):
         s = data.sample(4000, 5, seeded())
-        a_0, d = (
-            s.a[:, 0] / s.d.norm(dim=-1, keepdim=True),
-            s.d / s.d.norm(dim=-1, keepdim=True),
-        )  # the common scale drops out
+        a_0, d = (v / s.d.norm(dim=-1, keepdim=True) for v in (s.a[:, 0], s.d))  # without the common scale
         self.assertAlmostEqual((a_0**2).mean().item() / (d**2).mean().item(), 1, delta=0.05)
         self.assertAlmostEqual((a_0 * d).mean().item() / (d**2).mean().item(), 0, delta=0.02)
 
@@ -552,9 +550,7 @@ class Training(TestCase):
         self.assertClose(train.Trainer([run]).train_step(), twin_loss.detach(), 1e-6)
         for (name, after), before in zip(run.model.named_parameters(), twin.model.parameters()):
             g = before.grad
-            with self.subTest(
-                name
-            ):  # the first step: both moments are those of g alone, bias-corrected to g and g^2
+            with self.subTest(name):  # the moments are those of g alone, corrected to g and g^2
                 expected = before * (1 - 1e-4 * 0.01) - 1e-4 * g / (g.abs() + 1e-8)
                 self.assertClose(after.detach(), expected.detach(), 1e-7)
 
@@ -622,10 +618,8 @@ class Training(TestCase):
         common = "--d-mlp 20 --batch-size 2 --threads 1 --device cpu --eval-every 2".split()
 
         def torchrun(*more: str):
-            launch = (
-                "-m torch.distributed.run --nproc_per_node=2 --master_port=0 train.py --seeds 0-2".split()
-            )
-            command_line = [sys.executable, *launch, "--out", out, *more]
+            launch = "-m torch.distributed.run --nproc_per_node=2 --master_port=0 train.py --seeds 0-2"
+            command_line = [sys.executable, *launch.split(), "--out", out, *more]
             done = subprocess.run(command_line, cwd=HERE, capture_output=True, text=True)
             self.assertEqual(done.returncode, 0, done.stderr)
 
@@ -871,9 +865,7 @@ class Training(TestCase):
         with mock.patch.object(data, "evaluate", interrupted):
             self.assertFalse(self.quietly(run))
         state = train.load_file(run.path("checkpoint.pt"), "checkpoint")
-        self.assertEqual(
-            (state["step"], state["log"][-1][0]), (4, 3)
-        )  # one more step, so that the loop sees it
+        self.assertEqual((state["step"], state["log"][-1][0]), (4, 3))  # one more step: so the loop sees it
 
     def test_several_seeds_must_agree_in_all_but_the_seed(self):
         out = self.folder()
@@ -986,11 +978,6 @@ class Training(TestCase):
         self.assertClose(torch.tensor(losses[0]) / torch.tensor(losses[1]), 1, 1e-3)
 
 
-SMALL_TASK = model.Config(
-    d_model=12, d_head=4, d_mlp=20, n_heads=3, n_layers=2
-)  # but the task's 40 dimensions
-
-
 class Interventions(TestCase):
     def setUp(self):
         self.model, self.x, self.cache = random_model(), random_input(), {}
@@ -1015,13 +1002,8 @@ class Interventions(TestCase):
             self.assertClose(after["blocks.0.attn.hook_z"][:, :, 2],
                              z.mean(dims)[..., 2, :].expand_as(z[:, :, 2]), 1e-12)
             self.assertTrue(torch.equal(after["blocks.0.attn.hook_z"][:, :, :2], z[:, :, :2]))
-            self.assertClose(
-                after["blocks.0.hook_mlp_out"],
-                self.cache["blocks.0.hook_mlp_out"]
-                .mean(dims)
-                .expand_as(z[:, :, 0, :1].expand(-1, -1, SMALL.d_model)),
-                1e-12,
-            )
+            mlp = self.cache["blocks.0.hook_mlp_out"]
+            self.assertClose(after["blocks.0.hook_mlp_out"], mlp.mean(dims).expand_as(mlp), 1e-12)
 
     def test_mean_ablation_over_one_sequence_changes_nothing_on_it(self):
         one, cache = self.x[:1], {}
@@ -1074,9 +1056,7 @@ class Interventions(TestCase):
             self.assertAlmostEqual(P[head].trace().item(), SMALL.d_head, places=9)
             self.assertEqual(torch.linalg.matrix_rank(P[head]).item(), SMALL.d_head)
         self.assertClose(P[1], analyze.qk_circuit(self.model, 1)[1], 1e-12)
-        self.assertTrue(
-            torch.equal(self.model(self.x), random_model()(self.x))
-        )  # the model passed in is as it was
+        self.assertTrue(torch.equal(self.model(self.x), random_model()(self.x)))  # which was not changed
 
     def test_random_qk_is_as_large_as_the_trained_one(self):
         changed = interventions.random_qk(self.model, 0, [0, 1], seeded())
@@ -1088,8 +1068,8 @@ class Interventions(TestCase):
     def test_qk_of_zero_is_uniform_attention(self):
         cache = {}
         interventions.replace_qk(self.model, 1, [1], 0.0, 0.0)(self.x, cache=cache)
-        self.assertClose(cache["blocks.1.attn.hook_pattern"][:, 1], analyze.uniform_pattern(6)[0].double(),
-                         1e-7)
+        uniform = torch.ones(6, 6).tril() / torch.arange(1, 7)[:, None]
+        self.assertClose(cache["blocks.1.attn.hook_pattern"][:, 1], uniform, 1e-7)
         self.assertClose(cache["blocks.1.attn.hook_pattern"][:, 0],
                          self.cache["blocks.1.attn.hook_pattern"][:, 0], 1e-12)
 
@@ -1105,18 +1085,13 @@ class Measures(TestCase):
         transformer = random_model()
         product = torch.stack([analyze.eigenvalue_score(analyze.ov_circuit(transformer, l))
                                for l in range(2)])
-        self.assertClose(analyze.ov_eigenvalue_scores(transformer), product, 1e-5)
+        self.assertClose(analyze.ov_eigenvalue_scores(transformer)[0], product, 1e-5)
 
     def test_effective_rank_of_known_matrices(self):
-        self.assertAlmostEqual(analyze.effective_rank(torch.outer(torch.arange(1.0, 4),
-                                                                  torch.ones(5))).item(), 1, places=5)
-        self.assertAlmostEqual(
-            analyze.effective_rank(torch.linalg.qr(torch.randn(6, 6, generator=seeded()))[0]).item(),
-            6,
-            places=4,
-        )
-        self.assertAlmostEqual(analyze.effective_rank(torch.diag(torch.tensor([2.0, 1.0, 0.0]))).item(),
-                               9 / 5, places=5)
+        rotation = torch.linalg.qr(torch.randn(6, 6, generator=seeded()))[0]
+        for matrix, rank in ((torch.outer(torch.arange(1.0, 4), torch.ones(5)), 1), (rotation, 6),
+                             (torch.diag(torch.tensor([2.0, 1.0, 0.0])), 9 / 5)):
+            self.assertAlmostEqual(analyze.effective_rank(matrix).item(), rank, places=4)
 
     def test_identity_cosine_of_known_matrices(self):
         quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
@@ -1157,7 +1132,7 @@ class Measures(TestCase):
         self.assertEqual(analyze.previous_token_score(previous).item(), 1)
         self.assertEqual(analyze.second_token_score(previous).item(), 0)
         self.assertEqual(analyze.second_token_score(second).item(), 1)
-        uniform = analyze.uniform_pattern(14)
+        uniform = torch.ones(1, 1, 14, 14).tril() / torch.arange(1, 15)[:, None]
         self.assertAlmostEqual(analyze.previous_token_score(uniform).item(),
                                sum(1 / (q + 1) for q in range(1, 14)) / 13, places=6)
 
@@ -1213,7 +1188,7 @@ class Measures(TestCase):
         self.assertLess(found["by distance"][1].abs(), 0.3 * found["by source"][1])
         trend = torch.arange(1.0, 15).expand(14, 14).tril()
         self.assertLess(analyze.alternation((trend / trend.sum(-1, keepdim=True))[None, None])["share"], 0.1)
-        self.assertEqual(analyze.alternation(analyze.uniform_pattern(14))["share"].item(), 0)
+        self.assertLess(analyze.alternation(torch.full((1, 1, 14, 14), 0.1))["share"].item(), 1e-9)
 
     def recurrences(self, c: float, count: int = 3, length: int = 9) -> torch.Tensor:
         u, fixed = torch.randn(2, count, 1, 40, generator=seeded(), dtype=torch.double)
@@ -1222,8 +1197,8 @@ class Measures(TestCase):
     def test_source_weights_of_predictors_whose_weights_are_known(self):
         for c in (-1.5, 0.7, 1.3):
             x = self.recurrences(c)
-            v = analyze.off_plane(x, seeded(5), 2)
-            self.assertClose(torch.einsum("kbv,bpv->kbp", v, x), 0, 1e-9)
+            v, other = (analyze.off_plane(x, seeded(seed)) for seed in (5, 6))
+            self.assertClose(torch.einsum("bv,bpv->bp", v, x), 0, 1e-9)
             self.assertClose(v.norm(dim=-1), 1, 1e-12)
             # A fixed linear predictor, and the exact solver: c a_n + (a_n - c a_{n-1} + a_{n-1} - c a_{n-2})
             # / 2
@@ -1236,14 +1211,12 @@ class Measures(TestCase):
                                       (solver, {6: c + 0.5, 5: 0.5 - c / 2, 4: -c / 2}),
                                       (two_steps, {6: 1, 5: c**2, 4: -(c**2)}),
                                       (rule, {5: c**2, **nearest})):
-                w = analyze.source_weights(predict, x, v[0])
+                w = analyze.source_weights(predict, x, v)
                 wanted = torch.tensor([float(expected.get(s, 0)) for s in range(9)], dtype=torch.double)
                 self.assertClose(w[:, 6], wanted.expand(3, -1), 1e-7)
-                self.assertClose(w[:, 6], analyze.source_weights(predict, x, v[1])[:, 6], 1e-7)
+                self.assertClose(w[:, 6], analyze.source_weights(predict, x, other)[:, 6], 1e-7)
                 A, B = analyze.strides(w, c)
-                total = (
-                    wanted * c ** (torch.arange(9) - 7.0)
-                ).sum()  # of u in a_7, which all three rules but one get right
+                total = (wanted * c ** (torch.arange(9) - 7.0)).sum()  # of u in a_7: all but linear are right
                 self.assertClose((A + B)[:, 6], total, 1e-6)
 
     def test_strides_of_the_two_step_and_the_one_step_rule(self):
@@ -1255,20 +1228,22 @@ class Measures(TestCase):
 
     def test_a_predictor_that_is_not_equivariant_has_weights_that_differ_with_the_direction(self):
         x, D = self.recurrences(1.2), torch.linspace(0, 2, 40, dtype=torch.double)
-        first, second = (analyze.source_weights(lambda x: x * D, x, v)
-                         for v in analyze.off_plane(x, seeded(5), 2))
+        first, second = (analyze.source_weights(lambda x: x * D, x, analyze.off_plane(x, seeded(seed)))
+                         for seed in (5, 6))
         self.assertGreater((first - second).abs().max(), 0.05)
 
     def test_weights_of_components_add_up_to_those_of_the_output(self):
         config = dataclasses.replace(SMALL_TASK, initializer_range=0.1)
         study = analyze.Study(model.Transformer(config, seeded()), 0, 20)
-        names, w, whole = analyze.component_weights(study, 1.5)
-        self.assertEqual((len(names), names[0], names[-1]), (1 + 2 * (3 + 1), "embedding", "MLP 1"))
+        weights, whole = analyze.component_weights(study, 1.5)
+        names = ["embedding", *(f"{name}{l}{part}" for l in (0, 1) for name, part in (
+            ("head ", ".0"), ("head ", ".1"), ("head ", ".2"), ("MLP ", "")))]
+        self.assertEqual(list(weights), names)
         # Off by what moving a source does to the final scale, which is first order in a model that is not
         # equivariant.
         x, kept = analyze.read_weights(study, 1.5).sample.a[:2, :-1], {}
         study.exact(x, cache=kept)
-        v = analyze.off_plane(x, study.generator("components 1.5"), 1)[0]
+        v = analyze.off_plane(x, study.generator("components 1.5"))
 
         def final_scale(x):
             cache = {}
@@ -1278,7 +1253,7 @@ class Measures(TestCase):
         output = study.exact(x) - study.model.unembed.b_U.double()
         through_scale = analyze.source_weights(final_scale, x, v) * (output @ v[:, :, None])
         exact = analyze.source_weights(study.exact, x, v)
-        self.assertClose(w.sum(-1) - through_scale, exact, 1e-9)
+        self.assertClose(sum(weights.values()) - through_scale, exact, 1e-9)
 
     def test_interleaved_sequences_keep_what_their_names_say(self):
         c = torch.tensor([1.5, -1.3, 0.8, 1.9]).double()
@@ -1375,11 +1350,10 @@ class Analysis(TestCase):
 
     def test_an_untrained_model_reproduces_no_learnt_claim(self):
         study = self.study().untrained
-        for name in (
-            "mse l0_prev_token l1_second_token l2_checkerboard l0_ov_r2 l0_ov_slope l1_ov_effective_rank "
-            "l2_ov_identity l2_qk_identity lens_after_l0 eigenvalue_score alpha source_weights two_steps "
-            "gain_control knob"
-        ).split():
+        learnt = """mse l0_prev_token l1_second_token l2_checkerboard l0_ov_r2 l0_ov_slope l2_ov_identity
+            l1_ov_effective_rank l2_qk_identity lens_after_l0 eigenvalue_score alpha source_weights two_steps
+            gain_control knob"""
+        for name in learnt.split():
             self.assertEqual(analyze.CLAIMS[name].function(study).verdict, "not reproduced", name)
 
     def test_a_model_built_as_the_paper_says_reproduces_the_circuit_claims(self):
@@ -1478,8 +1452,9 @@ class Analysis(TestCase):
             study = self.study()
             with mock.patch.object(analyze, "favourite_source", lambda _: favourite):
                 shares, found = analyze.knob_shares(study), analyze.claim_knob_favourite(study)
-            self.assertEqual(shares["favourite"], shares[f"position {favourite}"])
-            self.assertEqual(shares["favourite, size"] == shares["size"], favourite == 1)
+            self.assertEqual(found.measured, shares[f"position {favourite}"])
+            self.assertEqual(list(found.values.values()),
+                             [favourite, *found.measured, *shares[f"size up to {favourite}"]])
             self.assertEqual(found.verdict, "reproduced" if favourite == 1 else "not reproduced")
             self.assertGreater(min(shares["z"]), 0.5)
 
@@ -1487,7 +1462,7 @@ class Analysis(TestCase):
         study = self.study()
         total = sum(fixed for fixed, _ in analyze.factors_by_component(study).values())
         for i, c in enumerate(analyze.TAKEN_AT):
-            whole = [analyze.component_weights(study, sign * c)[2].sum(-1)[:, 5:].mean() for sign in (1, -1)]
+            whole = [analyze.component_weights(study, sign * c)[1].sum(-1)[:, 5:].mean() for sign in (1, -1)]
             self.assertClose(total[i], sum(whole) / 2, 0.05)
 
     def test_root_strides_tell_strides_of_two_from_the_last_steps(self):
@@ -1520,7 +1495,8 @@ class Analysis(TestCase):
         self.assertRefused(1, "learnt linear-2", analyze.main, "--depths", tasks, "--out", out)
         for kind, folder in (("tasks", tasks), ("depths", depths)):
             self.assertRefused(1, "there is no run in", analyze.main, f"--{kind}", missing, "--out", out)
-            self.assertRefused(2, "give it by itself", analyze.main, f"--{kind}", folder, "--all")
+            self.assertRefused(2, "not allowed with", analyze.main, f"--{kind}", folder, "--all")
+            self.assertRefused(2, "leave out --run", analyze.main, f"--{kind}", folder, "--run", folder)
             self.assertEqual(os.listdir(out), [])
             status, _, err = command(analyze.main, f"--{kind}", folder, "--out", out)
             self.assertEqual(status, 0, err)
@@ -1550,7 +1526,7 @@ class Analysis(TestCase):
             status, said, err = command(analyze.main, "--all", "--run", run, "--out", out)
             self.assertEqual(status, 0, err)
             (line,) = (line for line in said.splitlines() if line.startswith("left out"))
-            self.assertIn(f"left out for {task} sequences, which are not affine", line)
+            self.assertIn(f"that learnt {task} sequences: ", line)
             for name in ("figure 20", "figure 22", "alpha", "l2_checkerboard", "two_steps"):
                 self.assertIn(name, line)
             claims = json.loads(read(os.path.join(out, "results.json")))["claims"]
@@ -1576,14 +1552,17 @@ class Analysis(TestCase):
         return folder
 
     def test_seeds_are_compared_and_an_interrupted_comparison_goes_on(self):
-        folder, gelu = self.runs_folder({}, {"seed": 7}), self.runs_folder({"act_fn": "gelu_new"})
+        above = self.folder()
+        folder, gelu = os.path.join(above, "relu"), os.path.join(above, "gelu")
+        shutil.copytree(self.runs_folder({}, {"seed": 7}), folder)
+        shutil.copytree(self.runs_folder({"act_fn": "gelu_new"}), gelu)
         out, measure, measured = os.path.join(self.folder(), "figures"), analyze.measure, []
 
-        def interrupted(study, claims, progress, prefix):
+        def interrupted(study, claims, progress, prefix, part):
             measured.append(prefix.strip())
             if len(measured) == 2:
                 raise KeyboardInterrupt
-            return measure(study, claims, progress, prefix)
+            return measure(study, claims, progress, prefix, part)
 
         with mock.patch.object(analyze, "measure", interrupted):
             self.assertEqual(command(analyze.main, "--seeds", folder, gelu, "--out", out)[0], 130)
@@ -1593,43 +1572,55 @@ class Analysis(TestCase):
         self.assertEqual(measured, ["seed_0000", "seed_0007", "seed_0007", "seed_0000"])
         self.assertEqual(sorted(os.listdir(out)), ["seeds.json", "seeds.md", "seeds.png", "steps.png"])
 
-        settings = json.loads(read(os.path.join(out, "seeds.json")))["settings"]
-        self.assertEqual(list(settings), ["relu, 0.02", "gelu_new, 0.02"])
-        first = settings["relu, 0.02"]
-        self.assertEqual(list(first["claims"]), list(analyze.CLAIMS))
-        runs = {name: json.loads(read(os.path.join(folder, name, "results.json")))
-                for name in ("seed_0000", "seed_0007")}
-        for name, claim in first["claims"].items():
-            self.assertEqual(claim["verdicts"],
-                             {seed: found["claims"][name]["verdict"] for seed, found in runs.items()})
-            for label, group in claim["values"].items():
-                values = [found["claims"][name]["values"][label] for found in runs.values()]
-                self.assertEqual(group["seeds"], values)
-                self.assertClose(torch.tensor(group["mean"]), np.mean(values),
-                                 1e-3 * max(1, abs(values[0])))
-        steps = first["course"]["seed_0007"]
-        self.assertEqual(list(steps), ["0", "64"])
+        runs = json.loads(read(os.path.join(out, "seeds.json")))
+        self.assertEqual(list(runs), ["relu/seed_0000", "relu/seed_0007", "gelu/seed_0000"])
+        for name, found in runs.items():
+            self.assertEqual(found, json.loads(read(os.path.join(above, name, "claims.json"))))
+            self.assertEqual(list(found["claims"]), list(analyze.CLAIMS))
+        seven = runs["relu/seed_0007"]
+        self.assertEqual(list(seven["course"]), ["0", "64"])
         log = analyze.read_log(os.path.join(folder, "seed_0007", "log.csv"))
         alone = analyze.Study(model.load_weights(os.path.join(folder, "seed_0007", "weights.pt")), 0,
                               analyze.SMALL, log)
-        self.assertEqual(steps["0"], analyze.course(alone))
+        for name, found in seven["course"]["0"].items():
+            self.assertEqual(found["values"], analyze.plain(analyze.CLAIMS[name].function(alone).values))
         text = read(os.path.join(out, "seeds.md")).decode()
-        self.assertEqual(text, analyze.seeds_markdown(settings))
+        self.assertEqual(text, analyze.seeds_markdown(runs))
+        relu, gelu = analyze.by_setting(runs)
+        small = "d_model 12, d_head 4, d_mlp 20, n_heads 3, step 10"
+        self.assertEqual((relu, gelu), (f"relu, 0.02, {small}", f"gelu_new, 0.02, {small}"))
+        self.assertIn(f"| {relu} | {gelu} |", text)
+        group = analyze.by_setting(runs)[relu]
+        each = analyze.over_runs(group, "mse")["all lengths"]
+        self.assertEqual(each.tolist(), [found["claims"]["mse"]["measured"] for found in group])
+        self.assertIn(f"{analyze.short(each.std(ddof=1))}): {analyze.short(each.tolist())}<br>", text)
+        zero, seven = (os.path.join(folder, name) for name in ("seed_0000", "seed_0007"))
+        shutil.copy(os.path.join(zero, "weights.pt"), seven)  # other weights are measured anew
+        self.assertEqual(command(analyze.main, "--seeds", folder, "--out", out)[0], 0)
+        zero, seven = (json.loads(read(os.path.join(run, "claims.json"))) for run in (zero, seven))
+        self.assertEqual(seven["claims"], zero["claims"])
 
-    def test_folders_without_comparable_seeds_are_refused_and_nothing_is_written(self):
+    def test_runs_are_told_apart_by_what_they_were_trained_with(self):
+        about = {"config": dataclasses.asdict(model.Config()), "task": "affine", "step": 100_000}
+        small = {"config": about["config"] | {"n_layers": 1, "d_mlp": 20}}
+        runs = {str(i): {"meta": about | changes} for i, changes in enumerate((
+            {"step": 50_000}, small, {"task": "linear-2"}, {}, {}))}
+        self.assertEqual({name: len(group) for name, group in analyze.by_setting(runs).items()},
+                         {"relu, 0.02": 2, "relu, 0.02, d_mlp 20, n_layers 1": 1, "relu, 0.02, linear-2": 1,
+                          "relu, 0.02, step 50,000": 1})
+        self.assertEqual(next(iter(analyze.by_setting(runs))), "relu, 0.02")  # that of most runs
+
+    def test_folders_without_runs_are_refused_and_nothing_is_written(self):
         folder, out = self.runs_folder({}, {}), os.path.join(self.folder(), "figures")
         refused = lambda status, says, *args: self.assertRefused(status, says, analyze.main, *args, "--out",
                                                                  out)
         refused(1, "there is no run in", "--seeds", os.path.join(folder, "missing"))
         refused(1, "there is no run in", "--seeds", os.path.join(folder, "seed_0000"))
-        refused(1, "has the setting relu, 0.02 of a folder before it", "--seeds", folder, folder)
-        refused(2, "give it by itself", "--seeds", folder, "--all")
-        refused(2, "give it by itself", "--seeds", folder, "--fig", "1")
-        with open(os.path.join(folder, "seed_0001", "log.csv"), "a") as f:
-            f.write("20,1,1,1\n")
-        refused(1, "relu, 0.02 at step 10 and relu, 0.02 at step 20", "--seeds", folder)
-        os.remove(os.path.join(folder, "seed_0001", "weights.pt"))
-        refused(1, "no weights file", "--seeds", folder)
+        refused(2, "not allowed with", "--seeds", folder, "--all")
+        refused(2, "not allowed with", "--seeds", folder, "--fig", "1")
+        with open(os.path.join(folder, "seed_0001", "weights.pt"), "wb") as f:
+            f.write(b"garbage")
+        refused(1, "damaged", "--seeds", folder)
         self.assertFalse(os.path.exists(out))
 
     def test_a_model_with_fewer_layers_gets_what_has_a_meaning_for_it(self):
@@ -1690,15 +1681,14 @@ class Analysis(TestCase):
             self.assertTrue(os.path.exists(os.path.join(HERE, "figures", analyze.figure_file(number))))
         self.assertEqual(read(os.path.join(HERE, "figures", "results.md")).decode(),
                          analyze.markdown(results))
-        settings = json.loads(read(os.path.join(HERE, "figures", "seeds.json")))["settings"]
-        first = next(iter(settings.values()))
-        self.assertEqual(first["runs"]["seed_0000"]["sha256"], sha)
-        self.assertEqual(read(os.path.join(HERE, "figures", "seeds.md")).decode(),
-                         analyze.seeds_markdown(settings))
-        for name, found in results["claims"].items():
-            self.assertEqual(first["claims"][name]["verdicts"]["seed_0000"], found["verdict"], name)
-            for label, value in found["values"].items():
-                self.assertEqual(first["claims"][name]["values"][label]["seeds"][0], value, name)
+        runs = json.loads(read(os.path.join(HERE, "figures", "seeds.json")))
+        first = next(iter(runs.values()))
+        self.assertEqual(first["meta"]["sha256"], sha)
+        for name, found in first["claims"].items():
+            for key in ("verdict", "values"):
+                self.assertEqual(found[key], results["claims"][name][key], name)
+        text = read(os.path.join(HERE, "figures", "seeds.md")).decode()
+        self.assertEqual(text, analyze.seeds_markdown(runs))
 
     def test_readme_and_findings_are_short_lines_and_name_what_is_there(self):
         for name, most in (("README.md", 120), ("FINDINGS.md", 120)):
@@ -1709,18 +1699,16 @@ class Analysis(TestCase):
                                 target)
 
     def test_the_readme_shows_the_committed_seeds(self):
-        settings = json.loads(read(os.path.join(HERE, "figures", "seeds.json")))["settings"]
-        first = next(iter(settings.values()))["claims"]
+        runs = json.loads(read(os.path.join(HERE, "figures", "seeds.json")))
+        seeds = next(iter(analyze.by_setting(runs).values()))
         readme = read(os.path.join(HERE, "README.md")).decode().splitlines()
-        for name, found in first.items():
+        for name in seeds[0]["claims"]:
             (row,) = (line for line in readme if line.startswith(f"| `{name}` "))
             _, paper, ours, verdicts = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
-            self.assertEqual(paper, analyze.paper_text(analyze.CLAIMS[name].paper))
-            self.assertEqual(verdicts,
-                             " / ".join(map(str,
-                                            analyze.count_verdicts(found["verdicts"].values()).values())))
-            self.assertIn(ours.split()[0],
-                          [analyze.short(group["mean"]) for group in found["values"].values()])
+            self.assertEqual(paper, analyze.paper_text(name))
+            self.assertEqual(verdicts, " / ".join(map(str, analyze.count_verdicts(seeds, name))))
+            means = [analyze.short(values.mean()) for values in analyze.over_runs(seeds, name).values()]
+            self.assertIn(ours.split()[0], means)
 
     def test_bad_command_lines_are_refused_in_one_line_and_write_nothing(self):
         folder = self.folder()
@@ -1728,7 +1716,7 @@ class Analysis(TestCase):
         refused = lambda status, says, *args: self.assertRefused(status, says, analyze.main, *args, "--out",
                                                                  out)
         refused(2, "no figure 99", "--fig", "99")
-        refused(2, "nothing to do")
+        refused(2, "one of the arguments")
         refused(2, "whole number", "--all", "--seed", "x")
         refused(1, "no run folder", "--all", "--run", os.path.join(folder, "missing"))
         os.mkdir(run)
