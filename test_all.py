@@ -762,15 +762,6 @@ class Training(TestCase):
                 error = (again.model(a[:, :-1]) - a[:, 1:])[:, first:].pow(2).mean()
                 self.assertClose(trainer.loss(a).detach(), error.detach(), 1e-6)
 
-    def test_checkpoints_older_than_the_tasks_are_of_the_affine_one(self):
-        self.assertTrue(self.quietly(run := train.open_run(self.settings(steps=1), resume=False)))
-        del run.settings["task"]
-        run.save()
-        out = {"out": run.options.out, "steps": 2}
-        with self.assertRaisesRegex(ValueError, "task affine, not quadratic"):
-            train.open_run(out | {"task": "quadratic"}, resume=True)
-        self.assertEqual(train.open_run(out, resume=True).options.task, "affine")
-
     @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
     def test_a_run_in_two_parts_equals_one_in_one_part_on_cuda(self):
         self.assertPartsMakeAWhole("cuda")

@@ -8,9 +8,7 @@
     python train.py --seeds 0-15 --out runs/seeds     # sixteen runs, into runs/seeds/seed_0000 and so on
     torchrun --nproc_per_node=4 train.py --seeds 0-63 --out runs/seeds    # the same, divided over four GPUs
     python train.py --benchmark                       # where the time of a step goes
-    python analyze.py --all --run runs/paper --out runs/paper/figures     # then look at it, or at all seeds:
-    python analyze.py --seeds runs/seeds --out runs/seeds/figures
-    python analyze.py --tasks runs/tasks --out runs/tasks/figures
+    python analyze.py --all --run runs/paper          # then look at it; --seeds and others compare runs
 
 The run folder gets config.json (model and training settings), log.csv (step, loss: mean since the row before,
 eval_mse: on the fixed held-out set, seconds), weights.pt (the state dict), checkpoint.pt (all that resuming
@@ -149,7 +147,7 @@ class Run:
         mine = self.state()
         if missing := sorted(mine.keys() - state.keys()):
             raise ValueError(f"{path} is no checkpoint of train.py: it lacks {missing[0]!r}")
-        begun = {"task": "affine"} | state["settings"]  # runs older than other tasks do not say which
+        begun = state["settings"]
         for name, value in self.settings.items():
             if name != "steps" and begun.get(name, value) != value:
                 raise ValueError(f"{path} belongs to a run with {name} {begun[name]}, not {value}")
@@ -535,9 +533,8 @@ def train_all(settings: list[dict], resume: bool, recorded: dict) -> bool:
     for s, is_old in zip(settings, old):
         if not is_old:
             refuse_existing(s.get("out", Options.out))  # before any of them writes something
-    opened = {i: open_run(settings[i], resume=True) for i, is_old in enumerate(old) if is_old}
-    opened |= {i: open_run(recorded | settings[i], resume=False) for i, is_old in enumerate(old)
-               if not is_old}
+    old_first = sorted(range(len(settings)), key=lambda i: not old[i])  # they may be refused
+    opened = {i: open_run(settings[i] if old[i] else recorded | settings[i], old[i]) for i in old_first}
     runs = [opened[i] for i in range(len(settings))]
     for run in runs:
         if run.settings | {"seed": 0} != runs[0].settings | {"seed": 0}:
