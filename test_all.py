@@ -1222,6 +1222,12 @@ class Measures(TestCase):
         first, second = (analyze.source_weights(lambda x: x * D, x, analyze.off_plane(x, seeded(seed)))
                          for seed in (5, 6))
         self.assertGreater((first - second).abs().max(), 0.05)
+        for predict, low, high in ((lambda x: 2 * x, 0, 1e-9), (lambda x: x * D, 0.01, 1)):
+            study = analyze.Study(model.Transformer(SMALL_TASK, seeded()), 0, 20)
+            study.__dict__["exact"] = predict
+            weights = analyze.read_weights(study, 1.2)
+            self.assertTrue(low <= weights.spread <= high)
+            self.assertEqual(weights.explained > 1 - 1e-9, high < 0.1)
 
     def test_weights_of_components_add_up_to_those_of_the_output(self):
         config = dataclasses.replace(SMALL_TASK, initializer_range=0.1)
@@ -1726,7 +1732,7 @@ class Analysis(TestCase):
             refused(1, says, "--all", "--run", run)
         os.remove(os.path.join(run, "config.json"))
         for garbage in ("", "step,loss,eval_mse,seconds\n", "a,b\n1,2\n",
-                        "step,loss,eval_mse,seconds\n1,x,y,z\n"):
+                        "step,loss,eval_mse,seconds\n1,x,y,z\n", "step,loss,eval_mse,seconds\n1,nan,1,1\n"):
             with open(os.path.join(run, "log.csv"), "w") as f:
                 f.write(garbage)
             refused(1, "is no training log", "--all", "--run", run)
