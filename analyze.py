@@ -4,8 +4,7 @@
     python analyze.py --list                        # what there is
     python analyze.py --fig 8 --fig 10              # some figures
     python analyze.py --all --run runs/paper        # of another run, into runs/paper/figures
-    python analyze.py --seeds runs/seeds --out runs/seeds/figures    # every run in runs/seeds/*/, compared
-    python analyze.py --seeds runs/seeds runs/gelu --out figures     # and settings beside one another
+    python analyze.py --seeds runs/seeds runs/gelu --out figures     # all runs in these folders, compared
     python analyze.py --tasks runs/tasks --out figures               # other recurrences
     python analyze.py --depths runs/depths --out figures             # models of one, two and three layers
 
@@ -16,13 +15,9 @@ the report prints. A figure is a function from a Study to a matplotlib figure un
 needs nothing else. Circuits are those of the folded model and act from the right: x @ W_V @ W_O.
 """
 
-import contextlib
 import copy
 import functools
-import glob
 import hashlib
-import inspect
-import math
 import os
 import platform
 import random
@@ -32,6 +27,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -45,8 +41,11 @@ from torch import Tensor
 import data
 import interventions
 from data import FIRST_POSITION, MAX_LENGTH, MIN_LENGTH
-from model import Config, Transformer, fold, load_file, load_weights, replacing, save_json, settings_beside
-from train import CommandLine, Line, Options, from_settings, whole_number
+from interventions import off_plane, source_weights, strides
+from model import (Config, Transformer, direct_attribution, effective_rank, eigenvalue_score, fold,
+                   full_ov_circuit, identity_cosine, load_file, load_weights, ov_circuit, qk_circuit,
+                   replacing, save_json, settings_beside)
+from train import CommandLine, Line, Options, from_settings
 
 POPULATION = 1000  # sequences of 14 inputs, as in the paper (section 4.5)
 SMALL = 100  # sequences for the steps of a run, and half as many for an untrained model
@@ -75,8 +74,7 @@ class Finding:
     interval: list[float] | None = None  # 95% interval, where the claim is one number
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A claim or a figure."""
 
     function: Callable  # Study -> Finding, or -> matplotlib figure
@@ -84,12 +82,13 @@ class Entry:
     layers: int  # that a model must have for it
     tasks: str  # for which it has a meaning: affine, rotating (those of sequences that may be rotated) or any
     paper: object = None  # the paper's value of a claim, None for one of ours
-    figure: int = 0  # where a claim is shown
+    figure: int = 0  # the nearest to a claim
     unit: str = ""  # of a claim's values
 
-    @property
-    def rule(self) -> str:
-        return " ".join(inspect.getdoc(self.function).split())
+    def paper_text(self) -> str:
+        if self.paper is None:
+            return "(ours)"
+        return f"{self.paper[0]} to {self.paper[1]}" if isinstance(self.paper, list) else short(self.paper)
 
 
 CLAIMS: dict[str, Entry] = {}
@@ -143,15 +142,14 @@ def fit_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def regress(y: Tensor, *xs: Tensor) -> tuple[list[float], float]:
     """Coefficients of the least squares fit y ~ sum_i coefficient_i x_i over all elements, without a
     constant, and its R^2 = 1 - |residual|^2 / |y|^2."""
-    X = torch.stack([x.double().flatten() for x in xs], 1)
-    y = y.double().flatten()
+    X, y = torch.stack([x.double().flatten() for x in xs], 1), y.double().flatten()
     coefficients = torch.linalg.solve(X.T @ X, X.T @ y)
     return coefficients.tolist(), 1 - ((y - X @ coefficients) ** 2).sum().item() / (y**2).sum().item()
 
 
 def quantiles(values: Tensor, *shares: float) -> list[float]:
-    """Those of the values that are not nan, by default at 5%, 50% and 95%."""
-    return values.flatten().double().nanquantile(torch.tensor(shares or (0.05, 0.5, 0.95)).double()).tolist()
+    """Those of the values that are not nan."""
+    return values.flatten().double().nanquantile(torch.tensor(shares).double()).tolist()
 
 
 def interval(*values: Tensor, of: Callable[..., Tensor] = torch.mean) -> list[float]:
@@ -177,7 +175,7 @@ def neighbours(a: Tensor, first: int = FIRST_POSITION, count: int = 2) -> list[T
 
 
 class Study:
-    """A trained model and what is measured on it more than once. Nothing is computed before it is asked for.
+    """A trained model and what is measured on it more than once. Nothing is measured before it is asked for.
 
     size: sequences in the population and in the test set, 0 for POPULATION. log: the run's log.csv. task: the
     name of what it was trained on.
@@ -189,8 +187,10 @@ class Study:
         self.seed, self.size, self.log = seed, size or POPULATION, log
         self.task_name, self.task = task, data.find_task(task)
         self.layers, self.heads = range(self.model.config.n_layers), range(self.model.config.n_heads)
-        self.longest = min(self.model.config.n_ctx, data.N_CTX)  # sequence
+        self.longest = min(self.model.config.n_ctx, data.N_CTX)  # inputs that there are positions for
         self.kept: dict[tuple, object] = {}  # what functions under @once found
+        self.population = self.draw("population")  # the sequences on which activations are averaged
+        self.test = self.draw("test")  # other sequences, on which interventions are judged
 
     def has(self, entry: Entry) -> bool:
         """Whether a claim or figure has a meaning for so many layers and this task."""
@@ -201,26 +201,17 @@ class Study:
         """A random stream for each purpose, so that a number does not depend on what else is computed."""
         return torch.Generator().manual_seed(random.Random(f"{self.seed} {purpose}").getrandbits(62))
 
-    def sample(self, count: int, length: int, generator: torch.Generator, c_range=(-2.0, 2.0), **options):
+    def sample(self, count: int, length: int, generator: torch.Generator, c_range=(-2.0, 2.0),
+               dtype=torch.float32) -> data.Sample:
         d_vocab = self.model.config.d_vocab
-        return data.sample(count, length, generator, d_vocab, c_range, self.task_name, **options)
+        return data.sample(count, length, generator, d_vocab, c_range, self.task_name, dtype)
 
-    @once
     def draw(self, purpose: str, size: int = 0, c_range: tuple[float, float] = (-2.0, 2.0)) -> data.Sample:
         return self.sample(min(size or self.size, self.size), MAX_LENGTH, self.generator(purpose), c_range)
 
-    @property
-    def population(self) -> data.Sample:
-        """The sequences on which activations are averaged."""
-        return self.draw("population")
-
-    @property
-    def test(self) -> data.Sample:
-        """Other sequences, on which interventions are judged."""
-        return self.draw("test")
-
+    @once
     def near(self, c: int) -> data.Sample:
-        """Sequences that alternate, c = -1, or their counterpart, c = 1: equally long."""
+        """Sequences that alternate, c near -1, or their counterpart, c near 1, whose vectors are as long."""
         return self.draw("alternating" if c < 0 else "steady", EXAMPLES, (c - 0.1, c + 0.1))
 
     @functools.cached_property
@@ -237,15 +228,16 @@ class Study:
     def record(self, x: Tensor, *names: str) -> dict[str, Tensor]:
         """Activations on inputs x; the output is under "output"."""
         kept: dict[str, Tensor] = {}
-        return {"output": self.model(x, hooks=interventions.record(names, kept))} | kept
+        output = self.model(x, hooks=interventions.record(names, kept))
+        return kept | {"output": output}
 
     @functools.cached_property
     def activations(self) -> dict[str, Tensor]:
         """The one plain forward pass over the population that claims and figures share."""
-        once = ("blocks.0.hook_resid_pre", "blocks.0.ln1.hook_normalized", "blocks.0.hook_resid_mid", SCALE)
+        first = ("blocks.0.hook_resid_pre", "blocks.0.ln1.hook_normalized", "blocks.0.hook_resid_mid", SCALE)
         each = ("attn.hook_pattern", "attn.hook_z", "attn.hook_result", "hook_attn_out", "hook_mlp_out")
         names = [f"blocks.{l}.{name}" for l in self.layers for name in (*each, "hook_resid_post")]
-        return self.record(self.population.a[:, :-1], *once, *names)
+        return self.record(self.population.a[:, :-1], *first, *names)
 
     @functools.cached_property
     def streams(self) -> list[Tensor]:
@@ -287,10 +279,9 @@ class Study:
         """MSE of each test sequence without any intervention, [size]."""
         return self.read_out(self.streams[-1])
 
-    def compare(self, errors: Tensor) -> dict:
-        """MSE of an arm, its ratio to the unchanged model's and the interval of their difference."""
-        return {"mse": errors.mean(), "factor": errors.mean() / self.baseline.mean(),
-                "difference": interval(errors - self.baseline)}
+    def factor(self, errors: Tensor) -> Tensor:
+        """The MSE of an arm, relative to the unchanged model's on the same sequences."""
+        return errors.mean() / self.baseline[: len(errors)].mean()
 
 
 def open_study(run: str, seed: int) -> Study:
@@ -326,27 +317,38 @@ STYLE = {"figure.dpi": 130, "font.size": 9, "axes.titlesize": 9, "figure.titlesi
          "image.interpolation": "nearest", "image.aspect": "auto"}
 
 
-def grid(rows: int, columns: int, width: float, height: float, title: str, **options):
-    """A figure of `rows` x `columns` axes, laid out without overlaps, in inches."""
-    canvas, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+def grid(rows: int, columns: int, width: float, height: float, title: str, sharex=False, sharey=False,
+         squeeze=True, width_ratios=None, height_ratios=None):
+    """A figure of `rows` x `columns` axes, laid out without overlaps, in inches; the rest as plt.subplots."""
+    canvas, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", sharex=sharex,
+                                sharey=sharey, squeeze=squeeze, width_ratios=width_ratios,
+                                height_ratios=height_ratios)
     canvas.suptitle(title)
     return canvas, axes
 
 
-def heat(axes, matrix: Tensor, limit: float | None = None, bar: str = "", digits: int | None = None):
+def curves(axes, x, lines: dict[str, tuple]):
+    """A line for each {label: (y, how it looks)}."""
+    for label, (y, look) in lines.items():
+        axes.plot(x, y, label=label, **look)
+
+
+def heat(axes, matrix: Tensor, title: str, limit: float | None = None, xlabel: str = "", ylabel: str = "",
+         bar: str = "", digits: int | None = None):
     """A heat map: diverging about 0 with the range [-limit, limit], blue positive as in the paper, or
     attention from 0 to 1 where `limit` is None; with a colour bar if that has a label. Values are written in
     where they are few, or else those that do not vanish at so many `digits`."""
     low, high = (0, 1) if limit is None else (-limit, limit)
     image = axes.imshow(matrix.numpy(), cmap="Blues" if limit is None else "RdBu", vmin=low, vmax=high)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.spines[:].set_visible(True)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     for (row, column), value in np.ndenumerate(matrix.numpy()) if digits or matrix.numel() <= 64 else ():
-        text, color = f"{value:.{digits or (2 if high >= 0.1 else 3)}f}", "black"
+        text = f"{value:.{digits or (2 if high >= 0.1 else 3)}f}"
         if not digits or float(text):
-            color, size = "white" if abs(value) > 0.6 * high else "black", 6 if digits else 7
-            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
+            axes.text(column, row, text, ha="center", va="center", fontsize=6 if digits else 7,
+                      color="white" if abs(value) > 0.6 * high else "black")
     if bar:
         axes.figure.colorbar(image, ax=axes, label=bar)
     return image
@@ -369,7 +371,8 @@ def pick(sample: data.Sample, c: float) -> int:
 
 @figure(1, "types of affine recurrences")
 def figure_sequences(study: Study):
-    canvas, panels = grid(1, 3, 10, 3, "Types of affine recurrences: 8 of the 40 dimensions, one colour each")
+    title = f"8 of the {study.model.config.d_vocab} dimensions, one colour each"
+    canvas, panels = grid(1, 3, 10, 3, f"Types of affine recurrences: {title}")
     for axes, c, kind in zip(panels, (-0.9, 0.6, 1.3), ("oscillating", "decaying", "growing")):
         i = pick(study.population, c)
         axes.plot(study.population.a[i, :, :8], marker=".")
@@ -453,17 +456,17 @@ def figure_loss(study: Study):
     return canvas
 
 
-def draw_errors(axes, x, errors: dict[str, Tensor], **options):
+def draw_errors(axes, x, errors: dict[str, Tensor], marker: str = "."):
     """A line for each predictor, on a logarithmic axis."""
     for name, values in errors.items():
         label, line = PREDICTORS[name]
-        axes.semilogy(x, values, label=label, **line, **options)
+        axes.semilogy(x, values, label=label, marker=marker, **line)
 
 
 def draw_test_errors(study: Study, what: str, xlabel: str, x, reduce: Callable):
     canvas, axes = grid(1, 1, 9, 4, f"Error against what is possible, by {what} ({study.size:,} sequences)")
     errors = predictor_errors(study, study.test.a)
-    draw_errors(axes, x, {name: reduce(e) for name, e in errors.items()}, marker=".")
+    draw_errors(axes, x, {name: reduce(e) for name, e in errors.items()})
     axes.set(xlabel=xlabel, ylabel="mean squared error")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return canvas
@@ -471,8 +474,8 @@ def draw_test_errors(study: Study, what: str, xlabel: str, x, reduce: Callable):
 
 @figure(19, "error by position, against what is possible (not in the paper)", tasks="any")
 def figure_errors_by_position(study: Study):
-    positions = range(study.task.first, MAX_LENGTH)
     xlabel = "position n, at which the next vector is predicted"
+    positions = range(study.task.first, MAX_LENGTH)
     return draw_test_errors(study, "position", xlabel, positions, lambda e: e.mean(0))
 
 
@@ -503,7 +506,7 @@ def figure_out_of_distribution(study: Study):
         means = [{name: e[:, part].mean() for name, e in predictor_errors(study, x).items()}
                  for x in settings.values()]
         shares = {name: [mean[name] / mean["zero"] for mean in means] for name in means[0]}
-        draw_errors(axes, list(settings), shares)
+        draw_errors(axes, list(settings), shares, marker="")
         axes.set(xlabel=xlabel, xlim=(low, high), xscale="log" if high / low > 20 else "linear")
         for left, right in ((low, inside[0]), (inside[1], high)) if inside else ((low, high),):
             axes.axvspan(left, right, color="0.95", zorder=0)
@@ -595,11 +598,10 @@ def draw_patterns(patterns: Tensor, title: str, scores: Tensor, what: str):
     """The attention patterns of a layer, [n_heads, dest, src], a panel each, with a score of each."""
     rows = -(-len(patterns) // 4)
     canvas, panels = grid(rows, 4, 10, 0.4 + 2.4 * rows, title, sharex=True, sharey=True, squeeze=False)
-    for head, (axes, pattern, score) in enumerate(zip(panels.flat, patterns, scores)):
-        image = heat(axes, pattern)
-        axes.set_title(f"head {head}: {score:.2f} {what}")
     for axes in panels.flat[len(patterns) :]:
         axes.axis("off")
+    for head, (axes, pattern, score) in enumerate(zip(panels.flat, patterns, scores)):
+        image = heat(axes, pattern, f"head {head}: {score:.2f} {what}")
     canvas.supxlabel("source position", fontsize=9)
     canvas.supylabel("destination position", fontsize=9)
     canvas.colorbar(image, ax=panels, label="attention", shrink=0.8)
@@ -612,11 +614,16 @@ def draw_mean_patterns(study: Study, layer: int, score: Callable, what: str):
     return draw_patterns(pattern.mean(0), title, score(pattern), what)
 
 
-def draw_layer_2(study: Study, c: int, kind: str):
-    sample, name = study.near(c), "blocks.2.attn.hook_pattern"
+def one_pattern(study: Study, layer: int, c: int) -> tuple[Tensor, str]:
+    """The attention pattern on the sequence with c nearest to -1 or 1, [1, n_heads, dest, src], and its c."""
+    sample, name = study.near(c), f"blocks.{layer}.attn.hook_pattern"
     i = pick(sample, c)
-    pattern = study.record(sample.a[i : i + 1, :-1], name)[name]
-    title = f"Layer 2 attention patterns on one {kind} sequence, c = {sample.c[i]:.2f}"
+    return study.record(sample.a[i : i + 1, :-1], name)[name], f"c = {sample.c[i]:.2f}"
+
+
+def draw_layer_2(study: Study, c: int, kind: str):
+    pattern, its_c = one_pattern(study, 2, c)
+    title = f"Layer 2 attention patterns on one {kind} sequence, {its_c}"
     return draw_patterns(pattern[0], title, alternation(pattern)["share"], "alternates")
 
 
@@ -642,14 +649,11 @@ def figure_attention_layer_2_other(study: Study):
 
 @figure(18, "an attention pattern")
 def figure_attention_example(study: Study):
-    sample, name = study.near(-1), "blocks.0.attn.hook_pattern"
-    i = pick(sample, -1)
-    pattern = study.record(sample.a[i : i + 1, :8], name)[name]
+    pattern = one_pattern(study, 0, -1)[0][..., :8, :8]
     head = int(previous_token_score(pattern).argmax())
     canvas, axes = grid(1, 1, 5.4, 4.4, f"An attention pattern: layer 0, head {head}, one sequence")
-    heat(axes, pattern[0, head], bar="attention")
     title = "each row sums to 1; nothing above the diagonal"
-    axes.set(title=title, xlabel="source position", ylabel="destination position")
+    heat(axes, pattern[0, head], title, None, "source position", "destination position", "attention")
     return canvas
 
 
@@ -658,24 +662,6 @@ def figure_attention_example(study: Study):
 
 READINGS = {"paper, next": "(a) the paper's: ln_final on the component alone",
             "standard, next": "(b) standard: the scale of the whole residual stream"}
-
-
-def direct_attribution(model: Transformer, component: Tensor, target: Tensor,
-                       scale: Tensor | None = None) -> Tensor:
-    """Direct logit attribution: <ln_final(component) W_U, target>, [batch, pos, ...], of what something adds
-    to the residual stream, [batch, pos, ..., d_model]; target [batch, pos, d_vocab].
-
-    scale None is the paper's text: ln_final normalises the component by itself, and so forgets how large it
-    is. With scale = ln_final.hook_scale [batch, pos, 1] the component is divided as the residual stream as a
-    whole is: the field's standard, in which all components and ln_final.b W_U + b_U add up to the output's.
-    """
-    ln = model.ln_final
-    if scale is None:
-        normalised = F.layer_norm(component, ln.w.shape, ln.w, None, ln.eps)
-    else:
-        scale = scale.reshape(*scale.shape[:2], *[1] * (component.dim() - 2))
-        normalised = (component - component.mean(-1, keepdim=True)) / scale * ln.w
-    return torch.einsum("bp...d,bpd->bp...", normalised, target @ model.unembed.W_U.T)
 
 
 @once
@@ -703,10 +689,10 @@ def claim_dla_sign(study: Study) -> Finding:
     by_head = {name: value[..., study.task.first :].mean(-1)
                for name, value in attributions(study, "attn.hook_result").items()}
     by_layer = {name: value.mean(1) for name, value in by_head.items()}
-    goals = ("paper, next", "paper, step")
-    signs = all(by_layer[goal][0] > 0 > by_layer[goal][2] for goal in goals)
-    silent = all(by_layer[goal][1].abs() <= 0.25 * by_layer[goal].abs().max() for goal in goals)
-    values = {f"layer {l}": by_layer["paper, next"][l] for l in study.layers}
+    goals = [by_layer["paper, next"], by_layer["paper, step"]]
+    signs = all(layers[0] > 0 > layers[2] for layers in goals)
+    silent = all(layers[1].abs() <= 0.25 * layers.abs().max() for layers in goals)
+    values = {f"layer {l}": goals[0][l] for l in study.layers}
     control = {f"{name}, by layer": layers for name, layers in by_layer.items()}
     return Finding(by_head["paper, next"], verdict(signs and silent, signs), values, control)
 
@@ -718,13 +704,11 @@ def figure_head_attribution(study: Study):
     found, first = attributions(study, "attn.hook_result"), study.task.first
     for (top, bottom), (name, title) in zip(panels.T, READINGS.items()):
         mean, rows = found[name][..., first:].mean(-1), found[name].flatten(0, 1)  # [layer.head, pos]
-        heat(top, mean, mean.abs().max(), "dot product")
-        top.set(title=f"{title}\nmean over positions {first} to {MAX_LENGTH - 1}", xlabel="head",
-                ylabel="layer")
-        heat(bottom, rows, rows.abs().max(), "dot product")
-        bottom.set(title="by position", xlabel="position", ylabel="layer.head")
-        bottom.set_yticks(range(len(rows)), [f"{l}.{h}" for l in study.layers for h in study.heads],
-                          fontsize=7)
+        title += f"\nmean over positions {first} to {MAX_LENGTH - 1}"
+        heat(top, mean, title, mean.abs().max(), "head", "layer", "dot product")
+        heat(bottom, rows, "by position", rows.abs().max(), "position", "layer.head", "dot product")
+        names = [f"{l}.{h}" for l in study.layers for h in study.heads]
+        bottom.set_yticks(range(len(rows)), names, fontsize=7)
         for layer in study.layers[1:]:
             bottom.axhline(len(study.heads) * layer - 0.5, color="black", lw=0.8)
     return canvas
@@ -732,24 +716,6 @@ def figure_head_attribution(study: Study):
 
 # ------------------------------------------------------------------------------------------------------------
 # 4.4 Zeroth layer OV circuits
-
-
-def ov_circuit(model: Transformer, layer: int) -> Tensor:
-    """W_V W_O of each head, [n_heads, d_model, d_model]: a source vector x adds x @ OV to the destination."""
-    attn = model.blocks[layer].attn
-    return attn.W_V @ attn.W_O
-
-
-def qk_circuit(model: Transformer, layer: int) -> Tensor:
-    """W_Q W_K^T of each head, [n_heads, d_model, d_model]: the score before / sqrt(d_head) is
-    x_destination @ QK @ x_source (section 4.6)."""
-    attn = model.blocks[layer].attn
-    return attn.W_Q @ attn.W_K.transpose(1, 2)
-
-
-def full_ov_circuit(model: Transformer, layer: int) -> Tensor:
-    """W_E W_V W_O W_U of each head, [n_heads, d_vocab, d_vocab]: between data vectors, no LayerNorm."""
-    return model.embed.W_E @ ov_circuit(model, layer) @ model.unembed.W_U
 
 
 def outside_share(x: Tensor, W_E: Tensor) -> Tensor:
@@ -776,10 +742,11 @@ def copied(study: Study, resid: Tensor) -> tuple[Tensor, Tensor]:
 @once
 def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Slope, intercept and R^2 of what the OV circuits of layer 0 make of vectors, a line a vector, {reading:
-    three tensors [batch, pos], of all of layer 0 [batch, pos - 2]}; nan for data vectors shorter than 1,
-    which after ln1 are mostly position embedding.
+    three tensors [batch, pos], of all of layer 0 [batch, pos - 2]}.
 
-    The measured reading, "data vectors", is the points (a_d, (ln1(x) OV W_U)_d) over the data dimensions.
+    The measured reading, "data vectors", is the points (a_d, (ln1(x) OV W_U)_d) over the data dimensions; it
+    is nan for vectors shorter than 1, which after ln1 are mostly position embedding, and so are "head h" and
+    "all of layer 0".
     """
     model, a, resid = study.model, study.population.a[:, :-1], study.activations["blocks.0.hook_resid_pre"]
     ov, normalised = ov_circuit(model, 0), study.activations["blocks.0.ln1.hook_normalized"]
@@ -808,9 +775,9 @@ def ov_finding(study: Study, part: int, compared: str, rule: Callable[[Tensor], 
     """Of one number of the fits (0 slope, 2 R^2): its median, beside that of the `compared` reading."""
     medians = {name: fit[part].nanmedian() for name, fit in ov_fits(study).items()}
     values, measured = ov_fits(study)["data vectors"][part], medians["data vectors"]
-    shown = {"data vectors": measured, compared: medians[compared]}
-    control = {"5%, 50%, 95% of the vectors": quantiles(values)} | medians
-    return Finding(measured, rule(measured), shown, control, interval(values, of=torch.nanmedian))
+    control = {"5%, 50%, 95% of the vectors": quantiles(values, 0.05, 0.5, 0.95)} | medians
+    return Finding(measured, rule(measured), {name: medians[name] for name in ("data vectors", compared)},
+                   control, interval(values, of=torch.nanmedian))
 
 
 @claim("layer 0 OV is linear on residual stream vectors: R^2", 0.83, 8, "R^2", tasks="any")
@@ -882,15 +849,17 @@ def scatter_fit(axes, x: Tensor, y: Tensor, title: str, xlabel: str, ylabel: str
     axes.legend(loc="upper left", handlelength=1, borderpad=0)
 
 
-@figure(8, "OV of layer 0 on residual stream vectors")
+@figure(8, "OV of layer 0 on residual stream vectors", tasks="any")
 def figure_ov_layer_0_resid(study: Study):
-    batch, position = pick(study.population, 1.1), MAX_LENGTH - 1
+    position = MAX_LENGTH - 1
+    batch = int(study.population.a[:, position].norm(dim=-1).argmax())  # the longest vector: a clear example
     resid = study.activations["blocks.0.hook_resid_pre"][batch, position]
     canvas, panels = grid(2, 2, 9, 6.6, "OV of layer 0 on residual stream vectors, heads summed")
     scatter_fit(panels[0, 0], study.population.a[batch, position], copied(study, resid)[1],
                 "one vector, between data vectors", "$a_d$", "$(\\ln_1(x)\\;OV\\;W_U)_d$")
     scatter_fit(panels[0, 1], resid, resid @ ov_circuit(study.model, 0).sum(0),
-                "without $\\ln_1$, in the 128 coordinates that the paper names", "$x_d$", "$(OV\\,x)_d$")
+                f"without $\\ln_1$, in the {len(resid)} coordinates that the paper names", "$x_d$",
+                "$(OV\\,x)_d$")
     slope, _, r2 = (part[~part.isnan()] for part in ov_fits(study)["data vectors"])
     panels[1, 0].hist(slope, bins=60, color=TRUTH)
     panels[1, 0].axvspan(2.1, 2.5, color="0.85", zorder=0, label="paper: 2.1 to 2.5")
@@ -911,9 +880,8 @@ def figure_ov_layer_0_sum(study: Study):
              ("$W_E W_V W_O W_U$, between data vectors", "data", full_ov_circuit))
     for axes, (title, name, circuit) in zip(panels, shown):
         matrix = circuit(study.model, 0).sum(0)
-        heat(axes, matrix, matrix.abs().max(), "weight")
-        axes.set(title=f"{title}: cosine with I {identity_cosine(matrix):.2f}",
-                 xlabel=f"written {name} dimension", ylabel=f"read {name} dimension")
+        heat(axes, matrix, f"{title}: cosine with I {identity_cosine(matrix):.2f}", matrix.abs().max(),
+             f"written {name} dimension", f"read {name} dimension", "weight")
     return canvas
 
 
@@ -938,13 +906,6 @@ def figure_ov_layer_0_random(study: Study):
 # 4.5 First layer
 
 
-def effective_rank(matrix: Tensor) -> Tensor:
-    """Participation ratio of the singular values, (sum s)^2 / sum s^2, of matrices [..., m, n]: 1 for rank
-    one, n for an n x n rotation."""
-    s = torch.linalg.svdvals(matrix.double())
-    return (s.sum(-1) ** 2 / (s**2).sum(-1)).float()
-
-
 @once
 def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
     """MSE of test sequences with a part of the model ablated, {part: {kind: [size] or [FEW]}}. The parts are
@@ -954,8 +915,8 @@ def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
     b_O (with the folded value biases); these two on FEW sequences. "mean, clean scale" gives ln_final the
     scale it has without the ablation; "scale alone" is the unchanged model with the scale of the ablated one.
     """
-    values = {"mean": interventions.mean_outputs(study.activations),
-              "mean over positions": interventions.mean_outputs(study.activations, over_positions=True),
+    means = interventions.mean_outputs(study.activations)
+    values = {"mean": means, "mean over positions": {name: mean.mean(0) for name, mean in means.items()},
               "zero": interventions.zero_outputs(study.model)}
     clean, found = study.streams[-1], {}
     for l in study.layers:
@@ -977,8 +938,8 @@ def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
 
 def factors(study: Study) -> dict[str, dict[str, Tensor]]:
     """The MSE under each of the `ablations`, relative to the unchanged model on the same sequences."""
-    relative = lambda errors: errors.mean() / study.baseline[: len(errors)].mean()
-    return {part: {kind: relative(e) for kind, e in arms.items()} for part, arms in ablations(study).items()}
+    return {part: {kind: study.factor(errors) for kind, errors in arms.items()}
+            for part, arms in ablations(study).items()}
 
 
 @claim("MSE with all layer 1 heads mean-ablated, from 1e-4", 2e-4, 4, "MSE / unchanged", 2, tasks="any")
@@ -991,7 +952,7 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
     worst = max(found[f"head 1.{h}"]["mean"] for h in study.heads)
     values = {"all heads": together, "clean scale": held, "worst single head": worst}
     values |= {f"layer {l}": found[f"layer {l} heads"]["mean"] for l in study.layers if l != 1}
-    control = {"unchanged": study.baseline.mean(), "all heads": study.compare(errors)}
+    control = {"unchanged": study.baseline.mean(), "all heads, difference": interval(errors - study.baseline)}
     control |= {f"factors, {part}": kinds for part, kinds in found.items() if part.startswith("layer")}
     for kind in ("mean", "zero"):
         by_head = [[found[f"head {l}.{h}"][kind] for h in study.heads] for l in study.layers]
@@ -1012,7 +973,8 @@ def claim_l1_ov_effective_rank(study: Study) -> Finding:
     return Finding(measured, how, values, {"all heads": ranks})
 
 
-def draw_circuit(circuits: Tensor, title: str, xlabel: str, ylabel: str):
+def draw_circuit(circuits: Tensor, title: str, xlabel="written residual stream dimension",
+                 ylabel="read residual stream dimension"):
     """The circuits of a layer, [n_heads, d_model, d_model]: head 0 large, the others beside it."""
     canvas, width = plt.figure(figsize=(11, 4.6), layout="constrained"), len(circuits) // 2
     canvas.suptitle(title)
@@ -1020,52 +982,27 @@ def draw_circuit(circuits: Tensor, title: str, xlabel: str, ylabel: str):
     panels = canvas.subplot_mosaic([["0", "0", *others[:width]], ["0", "0", *others[width : 2 * width]]])
     limit = circuits.abs().flatten().double().quantile(0.9995).item()
     for name, axes in panels.items():
-        image = heat(axes, circuits[int(name)], limit)
-        axes.set(title=f"head {name}: {identity_cosine(circuits[int(name)]):.2f}", aspect="equal")
+        about = "cosine with I " if name == "0" else ""
+        title = f"head {name}: {about}{identity_cosine(circuits[int(name)]):.2f}"
+        image = heat(axes, circuits[int(name)], title, limit)
+        axes.set_aspect("equal")
         if name != "0":
             axes.set(xticks=[], yticks=[])
-    title = f"head 0: cosine with I {identity_cosine(circuits[0]):.2f}"
-    panels["0"].set(title=title, xlabel=xlabel, ylabel=ylabel)
+    panels["0"].set(xlabel=xlabel, ylabel=ylabel)
     label = "weight (ends of the scale: 99.95th percentile)"
     canvas.colorbar(image, ax=list(panels.values()), label=label, shrink=0.8)
     return canvas
-
-
-WRITTEN_READ = ("written residual stream dimension", "read residual stream dimension")
 
 
 @figure(11, "OV of layer 1 head 0", layers=2, tasks="any")
 def figure_ov_layer_1(study: Study):
     ov = ov_circuit(study.model, 1)
     title = f"OV circuits of layer 1; head 0 has effective rank {effective_rank(ov[0]):.1f}"
-    return draw_circuit(ov, f"{title} of {study.model.config.d_head}", *WRITTEN_READ)
+    return draw_circuit(ov, f"{title} of {study.model.config.d_head}")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 4.6 Second layer QK/OV circuits
-
-
-def identity_cosine(matrix: Tensor) -> Tensor:
-    """Cosine between square matrices [..., n, n] and I: trace / (Frobenius norm * sqrt(n)), in [-1, 1]; at
-    most sqrt(r / n) for rank r."""
-    n = matrix.shape[-1]
-    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / (matrix.norm(dim=(-2, -1)) * n**0.5)
-
-
-def eigenvalue_score(circuit: Tensor) -> Tensor:
-    """sum(lambda) / sum(|lambda|) of square matrices [..., n, n], in [-1, 1]: 1 copies, -1 copies negatively.
-
-    For a product of thin factors A B pass B A, which has the same eigenvalues but for zeros.
-    """
-    eigenvalues = torch.linalg.eigvals(circuit.double().cpu())  # there matrices of this size are faster
-    return (eigenvalues.sum(-1).real / eigenvalues.abs().sum(-1)).float()
-
-
-def ov_eigenvalue_scores(model: Transformer) -> tuple[Tensor, Tensor]:
-    """Eigenvalue scores, [n_layers, n_heads], of W_V W_O, from the d_head x d_head product W_O W_V, and of
-    the full circuit W_E W_V W_O W_U."""
-    return (torch.stack([eigenvalue_score(block.attn.W_O @ block.attn.W_V) for block in model.blocks]),
-            torch.stack([eigenvalue_score(full_ov_circuit(model, l)) for l in range(len(model.blocks))]))
 
 
 def identity_finding(study: Study, circuit: Callable, sign: int) -> Finding:
@@ -1093,13 +1030,13 @@ def claim_l2_qk_identity(study: Study) -> Finding:
 
 @figure(12, "OV of layer 2 head 0", layers=3, tasks="any")
 def figure_ov_layer_2(study: Study):
-    return draw_circuit(ov_circuit(study.model, 2), "OV circuits of layer 2", *WRITTEN_READ)
+    return draw_circuit(ov_circuit(study.model, 2), "OV circuits of layer 2")
 
 
 @figure(13, "QK of layer 2 head 0", layers=3, tasks="any")
 def figure_qk_layer_2(study: Study):
-    names = ("source residual stream dimension", "destination residual stream dimension")
-    return draw_circuit(qk_circuit(study.model, 2), "QK circuits of layer 2", *names)
+    return draw_circuit(qk_circuit(study.model, 2), "QK circuits of layer 2",
+                        "source residual stream dimension", "destination residual stream dimension")
 
 
 def lens(study: Study, hook: str) -> Tensor:
@@ -1120,12 +1057,8 @@ def claim_lens_after_l0(study: Study) -> Finding:
     explained = lambda left, nothing: 1 - ratio(left, nothing)
     measured, found = explained(left, nothing), interval(left, nothing, of=explained)
     values = {"as it is": measured, "rescaled": rescaled, "best linear": linear}
-    others = {"repeating the last vector": study.population.a[:, :-1],
-              "before layer 0": lens(study, "blocks.0.hook_resid_pre"),
-              "after layer 0's attention": lens(study, "blocks.0.hook_resid_mid"),
-              "the model": study.activations["output"]}
-    control = {"coefficients of the best linear predictor": coefficients, "the best constant": factor}
-    control |= {name: explained(squared_errors(x, target), nothing) for name, x in others.items()}
+    control = {"coefficients of the best linear predictor": coefficients, "the best constant": factor,
+               "the model": explained(squared_errors(study.activations["output"], target), nothing)}
     return Finding(measured, verdict(measured >= 0.9 * linear, rescaled >= 0.5), values, control, found)
 
 
@@ -1135,24 +1068,32 @@ def figure_lens_after_layer_0(study: Study):
     canvas, panels = grid(2, 3, 10.5, 5.4, title, sharex=True)
     truth, last, before = neighbours(study.population.a)
     beta, alpha = best_linear(study, 2)
-    after, output = (x[:, FIRST_POSITION:]
-                     for x in (lens(study, "blocks.0.hook_resid_post"), study.activations["output"]))
     best = f"{beta:.2f} $a_n$ + {alpha:.2f} $a_{{n-1}}$, the best\nfixed linear predictor"
+    after, output = lens(study, "blocks.0.hook_resid_post"), study.activations["output"]
     lines = {"true next vector": (truth, {"color": TRUTH, "marker": "o", "ms": 4}),
-             "after layer 0": (after, {"color": LENS, "marker": "."}),
-             "model's output": (output, {"color": MODEL, "ls": "--", "marker": "."}),
+             "after layer 0": (after[:, FIRST_POSITION:], {"color": LENS, "marker": "."}),
+             "model's output": (output[:, FIRST_POSITION:], {"color": MODEL, "ls": "--", "marker": "."}),
              best: (beta * last + alpha * before, {"color": "0.6", "lw": 1})}
     for column, c in enumerate((-1.0, 0.6, 1.2)):
         i = pick(study.population, c)
         for dimension, axes in enumerate(panels[:, column]):
-            for label, (y, line) in lines.items():
-                axes.plot(range(FIRST_POSITION, MAX_LENGTH), y[i, :, dimension], label=label, **line)
+            curves(axes, range(FIRST_POSITION, MAX_LENGTH),
+                   {label: (y[i, :, dimension], look) for label, (y, look) in lines.items()})
             axes.axhline(0, color="0.9", zorder=0)
             axes.set_title(f"c = {study.population.c[i]:.2f}, dimension {dimension}")
         panels[1, column].set_xlabel("position")
     canvas.supylabel("component", fontsize=9)
     canvas.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return canvas
+
+
+def ov_eigenvalue_scores(model: Transformer) -> list[Tensor]:
+    """Eigenvalue scores, [n_layers, n_heads], of W_V W_O, from the d_head x d_head product W_O W_V, and of
+    the full circuit W_E W_V W_O W_U."""
+    layers = enumerate(model.blocks)
+    scores = [(eigenvalue_score(block.attn.W_O @ block.attn.W_V), eigenvalue_score(full_ov_circuit(model, l)))
+              for l, block in layers]
+    return [torch.stack(each) for each in zip(*scores)]
 
 
 @claim("OV eigenvalue scores: layer 2 copies negatively", "layer 2 negative", 15, "score", 3, tasks="any")
@@ -1171,8 +1112,7 @@ def figure_eigenvalue_scores(study: Study):
     canvas, panels = grid(1, 2, 10, 2.8, "Eigenvalue scores of the OV circuits")
     titles = "$W_V W_O$, as in the paper", "$W_E W_V W_O W_U$, the full circuit"
     for axes, title, scores in zip(panels, titles, ov_eigenvalue_scores(study.model)):
-        image = heat(axes, scores, 1.0)
-        axes.set(title=title, xlabel="head", ylabel="layer")
+        image = heat(axes, scores, title, 1.0, "head", "layer")
     canvas.colorbar(image, ax=panels, label="score: 1 copies, -1 negates")
     return canvas
 
@@ -1196,9 +1136,9 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
             "random": replaced(interventions.random_qk, "random qk"),
             "mean ablation": study.errors(2, interventions.replace_outputs(mean, [(2, h) for h in heads]))}
     gaps = {name: interval(arms[name] - arms["pseudoinverse"]) for name in ("uniform", "random")}
-    control = {name: study.compare(errors) for name, errors in arms.items()}
-    values = {name: found["factor"] for name, found in control.items()}
-    control |= {f"{name} less pseudoinverse, interval": gap for name, gap in gaps.items()}
+    values = {name: study.factor(errors) for name, errors in arms.items()}
+    control = {f"{name}, difference": interval(errors - study.baseline) for name, errors in arms.items()}
+    control |= {f"{name} less pseudoinverse": gap for name, gap in gaps.items()}
     unchanged, telling = values["pseudoinverse"] <= 1.5, all(low > 0 for low, _ in gaps.values())
     how = verdict(unchanged and telling, unchanged or telling)
     return Finding(arms["pseudoinverse"].mean(), how, values, control, interval(arms["pseudoinverse"]))
@@ -1217,7 +1157,7 @@ def claim_mlp_dla(study: Study) -> Finding:
     found, first = attributions(study, "hook_mlp_out"), study.task.first
     total, length = found["paper, next"].sum(0), study.population.a[:, 1:].norm(dim=-1).mean(0)
     late, early = total[-3:].mean(), total[first:-3].mean()
-    values = {"positions 11-13": late, "positions 2-10": early}
+    values = {"positions 11-13": late, f"positions {first}-10": early}
     control = {"standard reading, by layer": found["standard, next"][:, first:].mean(1),
                "length of the targets, late / early": length[-3:].mean() / length[first:-3].mean()}
     how = verdict(total[-3:].min() > 0 and late > 2 * early, late > 0 and late > early)
@@ -1261,14 +1201,12 @@ def claim_alpha(study: Study) -> Finding:
         return {"a_n": beta, "a_n-1": alpha, "R2": r2, "alpha, a_n at 1": held, "R2, a_n at 1": held_r2}
 
     y, middle = (lens(study, f"blocks.0.hook_resid_{when}")[:, FIRST_POSITION:] for when in ("post", "mid"))
-    unscaled = study.activations["blocks.0.hook_resid_post"][:, FIRST_POSITION:] @ study.model.unembed.W_U
     after = fits(y)
     measured, r2 = after["alpha, a_n at 1"], after["R2, a_n at 1"]
     how = verdict(2.1 <= measured <= 2.5 and r2 >= 0.5 and 0.5 <= after["a_n"] <= 1.5,
                   after["a_n-1"] > 0 and after["R2"] >= 0.5)
     values = {"alpha": measured, "free: a_n": after["a_n"], "free: a_n-1": after["a_n-1"]}
     control = {"after layer 0": after, "after layer 0's attention": fits(middle),
-               "without ln_final": fits(unscaled),
                "the true next vector: the best fixed linear predictor": fits(truth)}
     found = interval(((y - a_n) * before).sum((1, 2)), (before**2).sum((1, 2)), of=ratio)
     return Finding(measured, how, values, control, found)
@@ -1282,12 +1220,11 @@ def figure_estimate(study: Study):
     title = f"What layer 0 does to one alternating sequence: c = {study.population.c[i]:.2f}, dimension 0"
     canvas, axes = grid(1, 1, 8, 4, title)
     before, after = (lens(study, f"blocks.0.hook_resid_{when}")[i, 1:, 0] for when in ("pre", "post"))
-    estimate = a[1:-1] + 2.3 * a[:-2]
-    for y, color, label in ((before, "goldenrod", "before layer 0, unembedded"),
-                            (after, "purple", "after layer 0, unembedded"),
-                            (estimate, OTHER, "$a_n + 2.3\\,a_{n-1}$ (the paper's $\\alpha$)"),
-                            (a[2:], TRUTH, "$a_{n+1}$, the truth")):
-        axes.plot(n, y, color=color, marker=".", label=label)
+    curves(axes, n, {"before layer 0, unembedded": (before, {"color": "goldenrod", "marker": "."}),
+                     "after layer 0, unembedded": (after, {"color": "purple", "marker": "."}),
+                     "$a_n + 2.3\\,a_{n-1}$ (the paper's $\\alpha$)":
+                         (a[1:-1] + 2.3 * a[:-2], {"color": OTHER, "marker": "."}),
+                     "$a_{n+1}$, the truth": (a[2:], {"color": TRUTH, "marker": "."})})
     axes.axhline(0, color="0.9", zorder=0)
     axes.set(xlabel="position n", ylabel="component")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -1295,12 +1232,7 @@ def figure_estimate(study: Study):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the model computes (ours)
-#
-# If a is an affine recurrence so is a Q for every orthogonal Q. A predictor that commutes with such rotations
-# is prediction_n = sum over s <= n of w_s a_s, its weights functions of inner products only. Moving one a_s
-# by a small v orthogonal to the plane of the sequence changes no inner product to first order: the prediction
-# moves by w_s v.
+# What the model computes (ours): weights of the sources, see `interventions.source_weights`
 
 SIZES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2, 1.35, 1.5, 1.65, 1.8, 2.0)  # |c| at which weights are read
 CS = sorted([*SIZES, *(-size for size in SIZES)])
@@ -1308,29 +1240,7 @@ TAKEN_AT = (1.2, 1.5, 1.8)  # and at which each component's are
 KINDS = ("recurrence", "interleaved", "two fixed points", "two growths")  # of `data.interleaved`
 
 
-def off_plane(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Random unit vectors orthogonal to all vectors of each sequence x [batch, pos, d_vocab]: [batch,
-    d_vocab]. The sequences must span less than d_vocab dimensions; an affine recurrence spans two."""
-    projection = torch.linalg.pinv(x, rtol=1e-6) @ x  # [batch, d_vocab, d_vocab]
-    v = torch.randn(len(x), x.shape[-1], generator=generator, dtype=x.dtype)
-    return F.normalize(v - torch.einsum("bv,bvw->bw", v, projection), dim=-1)
-
-
-def source_weights(predict: Callable, x: Tensor, v: Tensor) -> Tensor:
-    """w_s = <v, d prediction_n / d a_s . v>, one forward-mode derivative for each source s.
-
-    predict: [batch, pos, d_vocab] -> [batch, dest, ..., d_vocab]; x [batch, pos, d_vocab], in float64; v
-    [batch, d_vocab] from `off_plane`. Returns [batch, dest, src, ...]: each component of what `predict`
-    returns has weights.
-    """
-    moves = torch.eye(x.shape[1], dtype=x.dtype)[:, None, :, None] * v[:, None]  # [src, batch, pos, d_vocab]
-    move = lambda tangent: torch.func.jvp(predict, (x,), (tangent,))[1]
-    moved = torch.vmap(move, chunk_size=max(2, 35 // len(x)))(moves)  # so much stays in the processor's cache
-    return torch.einsum("sbp...v,bv->bps...", moved, v)
-
-
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """Source weights of some sequences with one c."""
 
     sample: data.Sample  # in float64
@@ -1347,7 +1257,7 @@ def read_weights(study: Study, c: float | None = None, length: int = MAX_LENGTH,
     generator = study.generator(f"weights {abs(c or 0)}")
     count = max(1, (count or PER_C) * study.size // POPULATION)
     c_range = (-2.0, 2.0) if c is None else (c, c)
-    sample = study.sample(count, length, generator, c_range, dtype=torch.float64)
+    sample = study.sample(count, length, generator, c_range, torch.float64)
     x, first, twice = sample.a[:, :-1], study.task.first, [*range(count), 0]  # the first in two directions
     *w, again = source_weights(study.exact, x[twice], off_plane(x[twice], generator))
     spread = ((w[0] - again).pow(2).mean() / (w[0].pow(2) + again.pow(2)).mean()).sqrt()
@@ -1362,18 +1272,6 @@ def weights_by_c(study: Study) -> tuple[Tensor, Tensor, Tensor]:
     found = [read_weights(study, c) for c in CS]
     explained, spread = torch.tensor([(each.explained, each.spread) for each in found]).T
     return torch.stack([each.w for each in found], 1), explained, spread.mean()
-
-
-def strides(w: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor]:
-    """With a_s = a* + c^s u the prediction holds (A c^{n-1} + B c^n) u, A from the sources at the parity of n
-    - 1 and B from those at the parity of n; c^{n+1} is right. w [..., dest, src] -> A / c^2 and B / c, [...,
-    dest]: a two-step rule has 1 and 0, a one-step rule 0 and 1. c: one for all, or a tensor [...], which may
-    be complex: where a_s = a* + sum_i c_i^s u_i, each root c_i has its own A and B."""
-    n = torch.arange(w.shape[-1], dtype=w.dtype)
-    c = c[..., None, None] if isinstance(c, Tensor) else float(c)
-    parts = w * c ** (n - n[:, None] - 1)
-    other_parity = (n[:, None] - n) % 2 == 1
-    return (parts * other_parity).sum(-1), (parts * ~other_parity).sum(-1)
 
 
 @claim("the output is sum_s w_s a_s, with weights read off the model", None, 22, "explained share")
@@ -1409,11 +1307,12 @@ def claim_two_steps(study: Study) -> Finding:
     control = {"mean |A / c^2 - 1|": off_A, "mean |B / c|": off_B,
                "A / c^2, position 2 to 13": A[:, 2:].mean(0), "B / c, position 2 to 13": B[:, 2:].mean(0),
                "sum of all weights": total[:, 5:].mean()}
-    for length in ((4,), (6,), ()):
-        early = [strides(read_weights(study, c, *length).w, c)[0][:, 3].mean() for c in (1.5, -1.5)]
-        control[f"A / c^2 at position 3 of {(*length, 14)[0]} inputs, c = 1.5 and -1.5"] = early
+    for inputs in (4, MAX_LENGTH):
+        early = [strides(read_weights(study, c, inputs).w, c)[0][:, 3].mean() for c in (1.5, -1.5)]
+        control[f"A / c^2 at position 3 of {inputs} inputs, c = 1.5 and -1.5"] = early
     how = verdict(worst <= 0.15, worst <= 0.3)
-    found = interval(each[0][..., 5:].flatten(0, 1))  # over sequences and c
+    both_signs = (each[0] + each[0].flip(1))[:, : len(each[0][0]) // 2, 5:] / 2
+    found = interval(both_signs.flatten(0, 1))  # over sequences and |c|: those of c and -c are alike
     return Finding(values["A / c^2"], how, values, control, found)
 
 
@@ -1467,16 +1366,16 @@ def figure_weight_sizes(study: Study):
     size, mean = weights.w.pow(2).mean(0).sqrt(), weights.w.mean(0)
     limit = size[study.task.first :].max().item()  # the rows above it are of vectors that cannot be known yet
     for axes, matrix, name in zip(panels, (size, mean), ("root mean square", "mean")):
-        heat(axes, matrix, limit, "weight $w_s$")
-        axes.set(title=f"{name} over {len(weights.w)} sequences", xlabel="source s", ylabel="position n")
+        title = f"{name} over {len(weights.w)} sequences"
+        heat(axes, matrix, title, limit, "source s", "position n", "weight $w_s$")
     return canvas
 
 
 @once
 def component_weights(study: Study, c: float) -> tuple[dict[str, Tensor], Tensor]:
     """Source weights of everything that adds to the residual stream, at one c, through the clean final scale:
-    {component: [sequence, dest, src]}, and those of the output, to which they add up as far as the weights
-    do not depend on the scale."""
+    {component: [sequence, dest, src]}, and those of the output, to which they add up but for what moving a
+    source does to the scale (to first order nothing, in a model that is equivariant)."""
     model, whole, kept = study.exact, read_weights(study, c), {}
     x = whole.sample.a[:2, :-1]
     model(x, hooks=interventions.record([SCALE], kept))
@@ -1537,14 +1436,17 @@ def figure_component_weights(study: Study):
     for axes, c in zip(panels, (-1.5, 1.5, -0.6, 0.6)):
         weights, whole = component_weights(study, c)
         rows = {"total": whole} | weights
-        image = heat(axes, torch.stack([w.mean(0)[n, : n + 1] for w in rows.values()]), 2.0, digits=1)
-        axes.set(title=f"c = {c}", xlabel="source s")
+        shown = torch.stack([w.mean(0)[n, : n + 1] for w in rows.values()])
+        image = heat(axes, shown, f"c = {c}", 2.0, "source s", digits=1)
         axes.set_yticks(range(len(rows)), rows, fontsize=7)
         for y, name in enumerate(rows):
             if not name.startswith("head"):
                 axes.axhline(y + 0.5, color="black", lw=0.6)
     canvas.colorbar(image, ax=panels, label="weight $w_s$")
     return canvas
+
+
+# What the model computes (ours): layer 1 as a gain control
 
 
 @claim("layer 1's heads are a gain control, by way of ln_final's scale", None, 24, "share of the damage", 3)
@@ -1579,9 +1481,9 @@ def figure_gain(study: Study):
     title = "Layer 1 is a gain control: what it does goes through one number a position"
     canvas, panels = grid(1, 2, 10.5, 4.2, title)
     power = by_size(c, squared_errors(torch.zeros_like(target), target))
-    for label, (errors, line) in shown.items():
-        panels[0].semilogy(SIZE_RANGES, by_size(c, errors) / power, marker=".", label=label, **line)
-    panels[0].set(title="the damage, and what mends it", xlabel="|c|",
+    curves(panels[0], SIZE_RANGES, {label: (by_size(c, errors) / power, look | {"marker": "."})
+                                    for label, (errors, look) in shown.items()})
+    panels[0].set(title="the damage, and what mends it", xlabel="|c|", yscale="log",
                   ylabel="unexplained share of the next vector")
     panels[0].legend(fontsize=7)
     scale = by_size(study.population.c, study.activations[SCALE][..., 0])  # [8, pos]
@@ -1593,14 +1495,16 @@ def figure_gain(study: Study):
     return canvas
 
 
-def main_directions(study: Study, layer: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+@once
+def main_directions(study: Study, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """How what a layer's heads write varies over the population: its mean at each position [pos, d_model],
-    the `count` first principal directions [count, d_model] and the share of the variance along each."""
+    the principal directions [d_model, d_model], the first one first, and the share of the variance along
+    each."""
     written = study.activations[f"blocks.{layer}.hook_attn_out"]
     mean = written.mean(0)
     varying = (written - mean).flatten(0, 1).double()
     variances, directions = torch.linalg.eigh(varying.T @ varying)
-    return mean, directions.T.flip(0)[:count].float(), (variances.flip(0) / variances.sum())[:count]
+    return mean, directions.T.flip(0).float(), variances.flip(0) / variances.sum()
 
 
 @claim("of all that layer 1's heads write one number a position is enough", None, 24, "MSE / unchanged", 3)
@@ -1609,27 +1513,153 @@ def claim_one_knob(study: Study) -> Finding:
     direction, the first principal one, found on other sequences. The MSE grows by a factor of at most 2,
     without that number by at least 10, and with one number only for layers 0 and 2 it grows by more than 2;
     partly if it grows by at most 4 and is at least 5 times as large without that number."""
-    grown, control, span = {}, {}, torch.linalg.qr(study.model.unembed.W_U).Q
+
+    def errors(layer: int, change: Callable, k: int, count: int | None = FEW) -> Tensor:
+        mean, directions, _ = main_directions(study, layer)
+        return study.errors(layer, change(f"blocks.{layer}.hook_attn_out", mean, directions[:k]), count)
+
     keep, remove = interventions.keep_directions, interventions.remove_directions
-    for l in study.layers:
-        name, (mean, directions, shares) = f"blocks.{l}.hook_attn_out", main_directions(study, l, 3)
-        arms = {f"layer {l}: 1 kept": (keep, 1)}
-        if l == 1:
-            arms |= {"1 removed": (remove, 1), "2 kept": (keep, 2), "3 kept": (keep, 3)}
-        for label, (change, k) in arms.items():
-            count = study.size if l == k == 1 else FEW
-            errors = study.errors(l, change(name, mean, directions[:k]), count)
-            grown[label] = ratio(errors, study.baseline[:count])
-            if label == "layer 1: 1 kept":
-                found = interval(errors, study.baseline, of=ratio)
-        control[f"layer {l}: share of the variance along each"] = shares
-        control[f"layer {l}: cosine of the first with what W_U reads"] = (directions[0] @ span).norm()
-    control["that cosine by chance"] = (study.model.config.d_vocab / study.model.config.d_model) ** 0.5
-    values = {name: grown[name] for name in ("layer 1: 1 kept", "1 removed", "layer 0: 1 kept",
-                                             "layer 2: 1 kept")}
+    kept = errors(1, keep, 1, None)
+    values = {"layer 1: 1 kept": study.factor(kept), "1 removed": study.factor(errors(1, remove, 1, None)),
+              "layer 0: 1 kept": study.factor(errors(0, keep, 1)),
+              "layer 2: 1 kept": study.factor(errors(2, keep, 1))}
     one, without, *others = values.values()
+    control = {f"{k} kept": study.factor(errors(1, keep, k)) for k in (2, 3)}
+    span, sizes = torch.linalg.qr(study.model.unembed.W_U).Q, study.model.config
+    for l in study.layers:
+        _, directions, shares = main_directions(study, l)
+        control |= {f"layer {l}: share of the variance along each": shares[:3],
+                    f"layer {l}: cosine of the first with what W_U reads": (directions[0] @ span).norm()}
+    control["that cosine by chance"] = (sizes.d_vocab / sizes.d_model) ** 0.5
     how = verdict(one <= 2 and without >= 10 and min(others) > 2, one <= 4 and without >= 5 * one)
-    return Finding(one, how, values, grown | control, found)
+    return Finding(one, how, values, control, interval(kept, study.baseline, of=ratio))
+
+
+L1_K, L1_V, L1_PATTERN, L1_Z = (f"blocks.1.attn.hook_{name}" for name in ("k", "v", "pattern", "z"))
+DECAYING, GROWING = (0.2, 0.7), (1.5, 2.0)  # ranges of |c|
+
+
+@once
+def knob_sequences(study: Study, sizes: tuple[float, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Inputs with |c| in a range, half of them with c < 0, and what layer 1 makes of them."""
+    count, (low, high), names = max(10, study.size // 20), sizes, (L1_K, L1_V, L1_PATTERN, L1_Z)
+    generator = study.generator(f"knob {low}")
+    x = [study.sample(count, MAX_LENGTH, generator, c).a[:, :-1] for c in ((low, high), (-high, -low))]
+    return torch.cat(x), study.record(torch.cat(x), *names, "blocks.1.hook_resid_pre", SCALE)
+
+
+def favourite_source(study: Study) -> int:
+    """The position that layer 1 attends to most, from positions 4 to 13, mean over heads and sequences."""
+    return int(study.activations[L1_PATTERN][:, :, 4:].mean((0, 1, 2)).argmax())
+
+
+def patches(study: Study) -> dict[str, tuple[list[str], Iterable[int], list[int]]]:
+    """What layer 1 may be given of other sequences, {name: (activations, at which positions, of which
+    vectors the size)}, see `follows`.
+
+    "z" is all that the heads read; "pattern" and "values" one of its two factors; "position s" key and value
+    of one source position; "size up to s" those of position s of the same sequence with a_0 to a_s as long as
+    in the other, for s = 1 and the position that layer 1 attends to most; "size of a_0" and "size of a_1"
+    those of position 1 with only one vector so long.
+    """
+    favourite, both = favourite_source(study), [L1_K, L1_V]
+    found = {"z": ([L1_Z], [], []), "pattern": ([L1_PATTERN], [], []), "values": ([L1_V], [], [])}
+    found |= {f"position {s}": (both, [s], []) for s in sorted({0, 1, 2, 3, 4, favourite})}
+    found |= {"positions 5 to 13": (both, range(5, MAX_LENGTH), []),
+              "position 1, key": ([L1_K], [1], []), "position 1, value": ([L1_V], [1], [])}
+    found |= {f"size up to {s}": (both, [s], list(range(s + 1))) for s in sorted({1, favourite})}
+    return found | {"size of a_0": (both, [1], [0]), "size of a_1": (both, [1], [1])}
+
+
+def follows(study: Study, names: list[str], positions: Iterable[int], resized: list[int], low=DECAYING,
+            high=GROWING) -> list[float]:
+    """Share of the change of ln_final's log scale that follows a patch, for sequences with |c| in the range
+    `low` given something of those in `high`, and the other way round; mean over positions 4 to 13.
+
+    They are given the activations `names` at `positions` (of all if there are none): the others', or their
+    own with the `resized` vectors as long as the others'."""
+    both, shares = [knob_sequences(study, sizes) for sizes in (low, high)], []
+    for (x, here), (y, there) in (both, both[::-1]):
+        source, kept = there, {}
+        if resized:
+            x = x.clone()
+            x[:, resized] *= (y.norm(dim=-1) / x.norm(dim=-1))[:, resized, None]
+            source = study.record(x, *names)
+        values = {name: source[name] for name in names}
+        hooks = interventions.patch_positions(values, positions) if positions else interventions.hold(values)
+        hooks |= interventions.record([SCALE], kept)
+        study.model.run_from(1, here["blocks.1.hook_resid_pre"], hooks)
+        moved, goal = ((scales[SCALE] / here[SCALE]).log()[:, 4:] for scales in (kept, there))
+        shares.append(ratio(moved * goal, goal**2).item())
+    return shares
+
+
+@once
+def knob_shares(study: Study) -> dict[str, list[float]]:
+    """What turns the knob: {what layer 1 is given, see `patches`: the shares that follow}, [decaying
+    sequences given something of growing ones, the other way round]."""
+    return {name: follows(study, *patch) for name, patch in patches(study).items()}
+
+
+def knob_finding(study: Study, position: int, labels: tuple[str, str]) -> Finding:
+    """Whether the knob follows what layer 1 reads at a position, and the sizes up to it."""
+    shares = knob_shares(study)
+    read, size = shares[f"position {position}"], shares[f"size up to {position}"]
+    places = [*(f"position {s}" for s in range(5) if s != position), "positions 5 to 13"]
+    first = all(read[i] >= max(0.5, *(shares[name][i] for name in places)) for i in (0, 1))
+    values = {f"{label}, to {kind}": share[i] for label, share in zip(labels, (read, size))
+              for i, kind in enumerate(("growing", "decaying"))}
+    return Finding(read, verdict(first and min(size) >= 0.5, first), values, shares)
+
+
+@claim("what turns the knob is the size of the first two vectors", None, 26, "share that follows", 2)
+def claim_knob(study: Study) -> Finding:
+    """See `knob_shares`. In both directions at least half of the change of the log scale follows layer 1's
+    key and value of source position 1 alone, and more than those of any other position; and at least half
+    follows the size of the first two vectors, seen through position 1 alone. Partly if only the first."""
+    return knob_finding(study, 1, ("position 1", "size"))
+
+
+@claim("what turns the knob is the size of the vectors up to layer 1's favourite position", None, 26,
+       "share that follows", 2)
+def claim_knob_favourite(study: Study) -> Finding:
+    """See `knob_shares`; the favourite is the position that layer 1 attends to most. In both directions at
+    least half of the change of the log scale follows layer 1's key and value of it alone, and more than those
+    of any other of positions 0 to 4, or of 5 to 13 together; and at least half follows the size of the
+    vectors up to it, seen through it alone. Partly if only the first."""
+    s = favourite_source(study)
+    found, each = knob_finding(study, s, ("favourite", "favourite, size")), patches(study)
+    control = {f"|c| 1.1 to 1.3 given of 1.7 to 2, and back: {name}":
+               follows(study, *each[name], (1.1, 1.3), (1.7, 2.0))
+               for name in ("z", f"position {s}", f"size up to {s}", "positions 5 to 13")}
+    return replace(found, values={"its position": s} | found.values, control=control)
+
+
+@figure(26, "what turns the knob (ours)", layers=2)
+def figure_knob(study: Study):
+    title = "What turns the knob: layer 1 is given something of other sequences"
+    canvas, panels = grid(1, 2, 10.5, 4.6, title, width_ratios=[1.5, 1])
+    shares, favourite = knob_shares(study), favourite_source(study)
+    y = np.arange(len(shares))
+    for i, (label, color) in enumerate((("decaying, given of growing", LENS),
+                                        ("growing, given of decaying", TRUTH))):
+        panels[0].barh(y + 0.4 * i, [share[i] for share in shares.values()], 0.38, color=color, label=label)
+    panels[0].set_yticks(y + 0.2, list(shares))
+    panels[0].invert_yaxis()
+    for x, color in ((0, "black"), (1, "0.7")):
+        panels[0].axvline(x, color=color, lw=0.8)
+    panels[0].set_xlabel("share of the change of ln_final's log scale that follows")
+    panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    attention = study.activations[L1_PATTERN][:, :, -1, favourite].mean(1)
+    size, c = study.population.a[:, favourite].norm(dim=-1), study.population.c.abs()
+    canvas.colorbar(panels[1].scatter(size, attention, c=c, s=6, cmap="viridis"), ax=panels[1], label="|c|")
+    panels[1].set(title="from the last position, mean over heads, a dot a sequence",
+                  xlabel=f"norm of $a_{{{favourite}}}$",
+                  ylabel=f"attention of layer 1 to position {favourite}")
+    return canvas
+
+
+# What the model computes (ours): sequences that tell one rule from another
 
 
 @once
@@ -1688,18 +1718,17 @@ def claim_rule_errors(study: Study) -> Finding:
     noise[:, -1] = 0  # the last vector is the target
     shown = {"recurrences": a, f"of {longest} inputs": study.sample(count, longest, g).a,
              "half as large": a / 2, "twice as large": 2 * a, "noise": a + noise}
-    control = {}
+    control, shares = {}, {}
     for name, x in (shown | data.interleaved(MAX_LENGTH, c, g, study.model.config.d_vocab)).items():
         target, found = predictions(study, x)
         part = slice(-1 if name == "noise" else 4 - study.task.first, None)
         off = lambda one, other: (one - other)[:, part].pow(2).sum()
         model, rule, zero = (found[who] for who in ("model", "two-step rule", "zero"))
-        control[name] = {"model": off(model, target) / off(zero, target),
-                         "rule": off(rule, target) / off(zero, target),
-                         "share": 1 - off(model, rule) / off(model, target)}
-    values = {name: control[name]["share"] for name in ("noise", "two fixed points", "two growths")}
+        shares[name] = 1 - off(model, rule) / off(model, target)
+        control[f"{name}: unexplained by model and rule, share of the error"] = [
+            off(model, target) / off(zero, target), off(rule, target) / off(zero, target), shares[name]]
+    values = {name: shares[name] for name in ("noise", "two fixed points", "two growths")}
     alike = sum(share >= 0.5 for share in values.values())
-    control = {f"{name}: unexplained by model and rule, share of the error": c for name, c in control.items()}
     return Finding(list(values.values()), verdict(alike == 3, alike == 2), values, control)
 
 
@@ -1707,12 +1736,13 @@ def claim_rule_errors(study: Study) -> Finding:
 def figure_interleaved(study: Study):
     title = "Interleaved sequences: two recurrences with one fixed point and one $c^2$"
     canvas, panels = grid(1, 2, 10.5, 4.2, title)
-    c, n, g = torch.tensor([-1.25]), range(FIRST_POSITION, MAX_LENGTH), study.generator("interleaved example")
+    c, g, first = torch.tensor([-1.25]), study.generator("interleaved example"), FIRST_POSITION
     a = data.interleaved(MAX_LENGTH, c, g, study.model.config.d_vocab)["interleaved"]
     x = a[:, :-1]
-    panels[0].plot(n, a[0, FIRST_POSITION + 1 :, 0], color=TRUTH, marker="o", ms=4, label="the next vector")
-    panels[0].plot(n, study.model(x)[0, FIRST_POSITION:, 0], color=MODEL, marker=".", ls="--", label="model")
-    panels[0].plot(n, data.solve_recurrence(x)[0, :, 0], color="0.6", marker=".", label="exact affine solver")
+    curves(panels[0], range(first, MAX_LENGTH), {
+        "the next vector": (a[0, first + 1 :, 0], {"color": TRUTH, "marker": "o", "ms": 4}),
+        "model": (study.model(x)[0, first:, 0], {"color": MODEL, "marker": ".", "ls": "--"}),
+        "exact affine solver": (data.solve_recurrence(x)[0, :, 0], {"color": "0.6", "marker": "."})})
     panels[0].axhline(0, color="0.9", zorder=0)
     panels[0].set(title=f"one sequence, $c^2$ = {c.item() ** 2:.2f}, dimension 0", xlabel="position n",
                   ylabel="component")
@@ -1729,115 +1759,6 @@ def figure_interleaved(study: Study):
     return canvas
 
 
-def favourite_source(study: Study) -> int:
-    """The position that layer 1 attends to most, from positions 4 to 13, mean over heads and sequences."""
-    return int(study.activations["blocks.1.attn.hook_pattern"][:, :, 4:].mean((0, 1, 2)).argmax())
-
-
-@once
-def knob_shares(study: Study, low: tuple[float, float] = (0.2, 0.7), high: tuple[float, float] = (1.5, 2.0),
-                only: tuple[str, ...] = ()) -> dict[str, list[float]]:
-    """What turns the knob: {what layer 1 is given of other sequences: share of the change of ln_final's log
-    scale that follows}, for sequences with |c| in the range `low`, by default decaying, given something of
-    those in `high`, and the other way round; all of them, or `only` some.
-
-    "z" is all that the heads read; "pattern" and "values" one of its two factors; "position s" key and value
-    of one source position; "size up to s" those of position s of the same sequence with a_0 to a_s as long as
-    in the other, for s = 1 and the position that layer 1 attends to most; "size of a_0" and "size of a_1"
-    those of position 1 with only one vector so long.
-    """
-    resid, count, favourite = "blocks.1.hook_resid_pre", max(10, study.size // 20), favourite_source(study)
-    k, v, pattern, z = (f"blocks.1.attn.hook_{name}" for name in ("k", "v", "pattern", "z"))
-    both = []
-    for least, most in (low, high):
-        generator, ranges = study.generator(f"knob {least}"), ((least, most), (-most, -least))
-        both.append(torch.cat([study.sample(count, MAX_LENGTH, generator, r).a[:, :-1] for r in ranges]))
-    places = {f"position {s}": [s] for s in sorted({0, 1, 2, 3, 4, favourite})}
-    places["positions 5 to 13"] = list(range(5, MAX_LENGTH))
-    sizes = {f"size up to {s}": (list(range(s + 1)), s) for s in sorted({1, favourite})}
-    sizes |= {"size of a_0": ([0], 1), "size of a_1": ([1], 1)}
-    shares: dict[str, list[float]] = {}
-    for own, other in (both, both[::-1]):
-        here, there = (study.record(x, k, v, pattern, z, resid, SCALE) for x in (own, other))
-        goal = (there[SCALE] / here[SCALE]).log()[:, 4:]
-        patched = lambda positions, names=(k, v), source=there: interventions.patch_positions(
-            {name: source[name] for name in names}, positions)
-        given = {name: interventions.hold({n: there[n]})
-                 for name, n in (("z", z), ("pattern", pattern), ("values", v))}
-        given |= {name: patched(positions) for name, positions in places.items()}
-        given |= {"position 1, key": patched([1], [k]), "position 1, value": patched([1], [v])}
-        for name, (positions, source) in sizes.items():
-            if only and name not in only:
-                continue
-            x = own.clone()
-            x[:, positions] *= (other.norm(dim=-1) / own.norm(dim=-1))[:, positions, None]
-            given[name] = patched([source], source=study.record(x, k, v))
-        for name, hooks in ((name, given[name]) for name in only or given):
-            kept: dict[str, Tensor] = {}
-            study.model.run_from(1, here[resid], hooks | interventions.record([SCALE], kept))
-            moved = (kept[SCALE] / here[SCALE]).log()[:, 4:]
-            shares.setdefault(name, []).append(ratio(moved * goal, goal**2).item())
-    return shares
-
-
-def knob_finding(study: Study, position: int, labels: tuple[str, str]) -> Finding:
-    """Whether the knob follows what layer 1 reads at a position, and the sizes up to it."""
-    shares = knob_shares(study)
-    read, size = shares[f"position {position}"], shares[f"size up to {position}"]
-    places = [*(f"position {s}" for s in range(5) if s != position), "positions 5 to 13"]
-    first = all(read[i] >= max(0.5, *(shares[name][i] for name in places)) for i in (0, 1))
-    values = {f"{label}, to {kind}": share[i] for label, share in zip(labels, (read, size))
-              for i, kind in enumerate(("growing", "decaying"))}
-    return Finding(read, verdict(first and min(size) >= 0.5, first), values, shares)
-
-
-@claim("what turns the knob is the size of the first two vectors", None, 26, "share that follows", 2)
-def claim_knob(study: Study) -> Finding:
-    """See `knob_shares`. In both directions at least half of the change of the log scale follows layer 1's
-    key and value of source position 1 alone, and more than those of any other position; and at least half
-    follows the size of the first two vectors, seen through position 1 alone. Partly if only the first."""
-    return knob_finding(study, 1, ("position 1", "size"))
-
-
-@claim("what turns the knob is the size of the vectors up to layer 1's favourite position", None, 26,
-       "share that follows", 2)
-def claim_knob_favourite(study: Study) -> Finding:
-    """See `knob_shares`; the favourite is the position that layer 1 attends to most. In both directions at
-    least half of the change of the log scale follows layer 1's key and value of it alone, and more than those
-    of any other of positions 0 to 4, or of 5 to 13 together; and at least half follows the size of the
-    vectors up to it, seen through it alone. Partly if only the first."""
-    s = favourite_source(study)
-    found = knob_finding(study, s, ("favourite", "favourite, size"))
-    names = ("z", f"position {s}", f"size up to {s}", "positions 5 to 13")
-    growing = knob_shares(study, (1.1, 1.3), (1.7, 2.0), names)
-    control = {f"|c| 1.1 to 1.3 given of 1.7 to 2, and back: {name}": growing[name] for name in names}
-    return replace(found, values={"its position": s} | found.values, control=control)
-
-
-@figure(26, "what turns the knob (ours)", layers=2)
-def figure_knob(study: Study):
-    title = "What turns the knob: layer 1 is given something of other sequences"
-    canvas, panels = grid(1, 2, 10.5, 4.6, title, width_ratios=[1.5, 1])
-    shares, favourite = knob_shares(study), favourite_source(study)
-    y = np.arange(len(shares))
-    for i, (label, color) in enumerate((("decaying, given of growing", LENS),
-                                        ("growing, given of decaying", TRUTH))):
-        panels[0].barh(y + 0.4 * i, [share[i] for share in shares.values()], 0.38, color=color, label=label)
-    panels[0].set_yticks(y + 0.2, list(shares))
-    panels[0].invert_yaxis()
-    for x, color in ((0, "black"), (1, "0.7")):
-        panels[0].axvline(x, color=color, lw=0.8)
-    panels[0].set_xlabel("share of the change of ln_final's log scale that follows")
-    panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    attention = study.activations["blocks.1.attn.hook_pattern"][:, :, -1, favourite].mean(1)
-    size, c = study.population.a[:, favourite].norm(dim=-1), study.population.c.abs()
-    canvas.colorbar(panels[1].scatter(size, attention, c=c, s=6, cmap="viridis"), ax=panels[1], label="|c|")
-    panels[1].set(title="from the last position, mean over heads, a dot a sequence",
-                  xlabel=f"norm of $a_{{{favourite}}}$",
-                  ylabel=f"attention of layer 1 to position {favourite}")
-    return canvas
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Runs compared: seeds and settings, when it forms, other recurrences, one to three layers
 
@@ -1848,15 +1769,16 @@ def seed_results(study: Study, run: str, progress: "Progress") -> dict:
     """Every claim on a run and, as its course, at the steps that it kept, without steps 1 to 63, in which
     nothing happens: from RUN/claims.json if that is of these weights, this code and seed, else anew."""
     path, name = os.path.join(run, "claims.json"), os.path.basename(run)
-    kept = sorted(glob.glob(os.path.join(glob.escape(run), "steps", "[0-9]*.pt")))
-    steps = {int(os.path.basename(weights).removesuffix(".pt")): weights for weights in kept}
-    steps = {step: weights for step, weights in steps.items() if not 0 < step < 64}
+    kept = {int(weights.stem): str(weights) for weights in sorted(Path(run).glob("steps/[0-9]*.pt"))}
+    steps = {step: weights for step, weights in kept.items() if not 0 < step < 64}
     described = plain(meta(study, run) | {"steps": list(steps)})
-    with contextlib.suppress(FileNotFoundError, ValueError):  # there is none that this program wrote
+    try:
         found = load_file(path, "claims")
-        if found.get("meta") == described:
-            progress.total -= 1
-            return found
+    except (FileNotFoundError, ValueError):  # there is none that this program wrote
+        found = {}
+    if found.get("meta") == described:
+        progress.total -= 1
+        return found
     chosen, course = [name for name, entry in CLAIMS.items() if study.has(entry)], {}
     part = 1 / (len(chosen) + len(steps))
     claims = measure(study, chosen, progress, f"{name} ", part)
@@ -1866,22 +1788,21 @@ def seed_results(study: Study, run: str, progress: "Progress") -> dict:
         each = {claim: CLAIMS[claim].function(small) for claim in chosen}
         course[str(step)] = {claim: {"verdict": f.verdict, "values": f.values} for claim, f in each.items()}
     found = {"meta": described, "claims": claims, "course": plain(course)}
-    with contextlib.suppress(OSError):  # of a run that others own
+    try:
         save_json(found, path)
+    except OSError:  # of a run that others own
+        pass
     return found
 
 
 def by_setting(runs: dict[str, dict]) -> dict[str, list[dict]]:
     """The runs of `seed_results` by activation, initialisation and what else of model, task and steps is
     unlike the paper; the setting of most runs first."""
-    groups: dict[str, list[dict]] = {}
+    usual, groups = asdict(Config()) | {"task": Options.task, "step": Options.steps}, {}
     for found in runs.values():
-        about, usual = found["meta"], asdict(Config())
-        config = dict(about["config"])
+        config = found["meta"]["config"] | {name: found["meta"][name] for name in ("task", "step")}
         parts = [config.pop("act_fn"), f"{config.pop('initializer_range'):.3g}"]
         parts += [f"{name} {value}" for name, value in config.items() if value != usual[name]]
-        parts += [about["task"]] * (about["task"] != Options.task)
-        parts += [f"step {about['step']:,}"] * (about["step"] != Options.steps)
         groups.setdefault(", ".join(parts), []).append(found)
     return dict(sorted(groups.items(), key=lambda group: -len(group[1])))
 
@@ -1932,15 +1853,14 @@ def figure_seeds(runs: dict[str, dict]):
                 axes.plot(x + at, value, marker=marker, color=color, ms=5, mec="none", ls="")
             axes.plot([x - 0.35, x + 0.35], [group.mean()] * 2, color="black", lw=1)
             axes.plot(x, fresh[label], marker="_", color="0.5", ms=14)
-        width, size = (11, 6.5) if len(values) < 4 else (9, 4.8)
-        labels = [textwrap.fill(label, width, break_long_words=False) for label in values]
-        axes.set_xticks(range(len(values)), labels, fontsize=size)
+        labels = [textwrap.fill(label, 36 // max(3, len(values)), break_long_words=False) for label in values]
+        axes.set_xticks(range(len(values)), labels, fontsize=min(6.5, 20 / len(values)))
         axes.set_xlim(-0.6, len(values) - 0.4)
         paper = "" if CLAIMS[name].paper is None else "paper: "
-        count = count_verdicts(seeds, name)[0]
-        axes.set_title(f"{name}: {count} of {len(seeds)}\n{paper}{paper_text(name)}", fontsize=8)
-    for verdict, (marker, color) in MARKS.items():
-        legend.plot([], [], marker=marker, color=color, ls="", label=verdict)
+        count = f"{count_verdicts(seeds, name)[0]} of {len(seeds)}"
+        axes.set_title(f"{name}: {count}\n{paper}{CLAIMS[name].paper_text()}", fontsize=8)
+    for label, (marker, color) in MARKS.items():
+        legend.plot([], [], marker=marker, color=color, ls="", label=label)
     legend.plot([], [], color="black", lw=1, label="mean over seeds")
     legend.plot([], [], marker="_", color="0.5", ls="", ms=14, label="untrained")
     legend.plot([], [], color=OTHER, ls="--", lw=1, label="paper")
@@ -1954,24 +1874,24 @@ def figure_course(runs: dict[str, dict]):
     courses = [found["course"] for found in next(iter(by_setting(runs).values())) if found["course"]]
     title = f"When it forms: the values of the claims against the step, {len(courses)} seeds"
     canvas, panels, last = panel_each(next(iter(courses[0].values())), title)
-    for name, axes in panels.items():
-        late = [line.get_ydata()[0] for line in axes.lines]  # the paper's value
-        for i, steps in enumerate(courses):
-            x = np.array(list(map(int, steps)))
+    last.axis("on")
+    last.set(title="claims that hold", ylabel="number of claims")
+    late = {name: [line.get_ydata()[0] for line in axes.lines] for name, axes in panels.items()}
+    for i, steps in enumerate(courses):
+        x = np.array(list(map(int, steps)))
+        for name, axes in panels.items():
             for j, label in enumerate(next(iter(steps.values()))[name]["values"]):
                 y = np.array([claims[name]["values"][label] for claims in steps.values()])
                 axes.plot(x, y, color=f"C{j}", lw=0.8, label=None if i else textwrap.fill(label, 28))
-                late += y[x >= min(512, x[-1])].tolist()
-        if axes.get_yscale() == "linear":
-            margin = 0.05 * (max(late) - min(late)) + 1e-9
-            axes.set_ylim(min(late) - margin, max(late) + margin)
-    for i, steps in enumerate(courses):
+                late[name] += y[x >= min(512, x[-1])].tolist()
         for ours, color, label in ((False, TRUTH, "the paper's"), (True, LENS, "ours")):
             y = [sum(found["verdict"] == "reproduced" for name, found in claims.items()
                      if (CLAIMS[name].paper is None) == ours) for claims in steps.values()]
-            last.plot(list(map(int, steps)), y, color=color, lw=0.8, label=None if i else label)
-    last.axis("on")
-    last.set(title="claims that hold", ylabel="number of claims")
+            last.plot(x, y, color=color, lw=0.8, label=None if i else label)
+    for name, axes in panels.items():
+        if axes.get_yscale() == "linear":
+            margin = 0.05 * (max(late[name]) - min(late[name])) + 1e-9
+            axes.set_ylim(min(late[name]) - margin, max(late[name]) + margin)
     for axes in (*panels.values(), last):
         axes.set_xscale("symlog", linthresh=100)  # logarithmic, but with a place for 0
         axes.set_xticks([0, 1000, 100_000], ["0", "1,000", "100,000"])
@@ -1981,34 +1901,24 @@ def figure_course(runs: dict[str, dict]):
     return canvas
 
 
-SEEDS_INTRO = """\
-# The claims over seeds and settings
-
-Written by `python analyze.py --seeds`; the rules are in `results.md`. A setting is the activation, the
-standard deviation of the initial weights and what else is unlike the paper. In bold: reproduced / partly /
-not. Values: mean over seeds (standard deviation): each seed, in the order of `seeds.json`.
-"""
-
-
 def seeds_markdown(runs: dict[str, dict]) -> str:
-    """seeds.md: verdicts and values of each claim over the seeds of each setting."""
-    settings = by_setting(runs)
-    seeds, rows = next(iter(settings.values())), []
-    for name, found in seeds[0]["claims"].items():
-        rows.append([f"[`{name}`](results.md#{name})", paper_text(name), CLAIMS[name].unit])
-        for group in settings.values():
-            if name not in group[0]["claims"]:
-                rows[-1].append("-")
-                continue
-            counts = " / ".join(map(str, count_verdicts(group, name)))
-            cells = [f"**{counts}**"]
+    """seeds.md: verdicts and values of each claim, a column for each setting."""
+    columns, fresh = {}, {}
+    for setting, group in by_setting(runs).items():
+        for name, found in group[0]["claims"].items():
+            column, entry = columns.setdefault(setting, {}), CLAIMS[name]
+            paper = "ours" if entry.paper is None else f"paper: {entry.paper_text()}"
+            title = f"[**{name}**](results.md#{name}), {paper}; {entry.unit}"
+            column[title] = f"**{' / '.join(map(str, count_verdicts(group, name)))}**"
+            fresh[title] = ""
             for label, each in over_runs(group, name).items():
                 spread = f" ({short(each.std(ddof=1))}): {short(each.tolist())}" if len(each) > 1 else ""
-                cells.append(f"{label}: {short(each.mean())}{spread}")
-            rows[-1].append("<br>".join(cells))
-        fresh = found["untrained"]["values"].items()
-        rows[-1].append("<br>".join(f"{label}: {short(value)}" for label, value in fresh))
-    return "\n".join([SEEDS_INTRO, *table(["claim", "paper", "unit", *settings, "untrained"], rows), ""])
+                column[f"{name}: {label}"] = short(each.mean()) + spread
+                fresh[f"{name}: {label}"] = found["untrained"]["values"][label]
+    intro = """A setting is the activation, the standard deviation of the initial weights and what else is
+        unlike the paper. In bold: in how many runs a claim is reproduced / partly / not. Values: mean over
+        runs (standard deviation): each run, in the order of `seeds.json`. Rules: `results.md`."""
+    return side_by_side("seeds", columns | {"untrained": fresh}, " ".join(intro.split()))
 
 
 def root_strides(weights: Weights) -> dict[str, float]:
@@ -2062,7 +1972,7 @@ def figure_tasks(runs: dict[str, dict]):
     canvas, panels = grid(rows, columns, 11, 0.8 + 2.5 * rows, title, sharey=True, squeeze=False)
     lines = {}
     for axes, found in zip(panels.flat, runs.values()):
-        draw_errors(axes, range(found["first position"], MAX_LENGTH), found["by position"], marker=".")
+        draw_errors(axes, range(found["first position"], MAX_LENGTH), found["by position"])
         share = found["MSE, model"] / found["MSE, zero"]
         axes.set(title=f"{found['task']}: {share:.1%} unexplained", ylim=(1e-18, 10),
                  xlim=(0.5, MAX_LENGTH), xticks=range(2, MAX_LENGTH, 2))
@@ -2119,13 +2029,13 @@ def figure_depths(runs: dict[str, dict]):
     return canvas
 
 
-def side_by_side(kind: str, runs: dict[str, dict]) -> str:
-    """KIND.md: a column for each run."""
-    labels = dict.fromkeys(label for found in runs.values() for label in found)
+def side_by_side(kind: str, columns: dict[str, dict], intro: str = "") -> str:
+    """KIND.md: a column for each run or setting, a row for each label."""
+    labels = dict.fromkeys(label for column in columns.values() for label in column)
     labels = (label for label in labels if label != "meta" and not label.startswith("by "))
-    rows = ([label, *(short(found.get(label, "-")) for found in runs.values())] for label in labels)
-    intro = [f"# {kind.capitalize()}", "", f"Written by `python analyze.py --{kind}`.", ""]
-    return "\n".join([*intro, *table([kind, *runs], rows), ""])
+    rows = ([label, *(short(column.get(label, "-")) for column in columns.values())] for label in labels)
+    lines = [f"# {kind.capitalize()}", "", f"Written by `python analyze.py --{kind}`. {intro}".strip(), ""]
+    return "\n".join([*lines, *table([kind, *columns], rows), ""])
 
 
 COMPARISONS = {  # what measures a run, and what draws and tells of all
@@ -2142,20 +2052,19 @@ def compare(kind: str, folders: list[str], seed: int, out: str):
     measure_one, figure_of, text_of = COMPARISONS[kind]
     studies, folders = {}, [os.path.abspath(folder) for folder in folders]
     for folder in folders:
-        paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "weights.pt")))
-        if not paths:
+        found = sorted(str(weights.parent) for weights in Path(folder).glob("*/weights.pt"))
+        if not found:
             where = os.path.join(folder, "*", "weights.pt")
             raise FileNotFoundError(f"there is no run in {where}: train some with train.py")
-        studies |= {run: open_study(run, seed) for run in map(os.path.dirname, paths)}
-    order = list(studies)
+        studies |= {run: open_study(run, seed) for run in found}
     if kind == "depths":
-        order.sort(key=lambda run: len(studies[run].layers))
-        if others := [run for run in order if studies[run].task_name != "affine"]:
-            learnt = studies[others[0]].task_name
-            raise ValueError(f"--depths is about affine recurrences, but {others[0]} learnt {learnt}")
+        studies = dict(sorted(studies.items(), key=lambda each: len(each[1].layers)))
+        for run, study in studies.items():
+            if study.task_name != "affine":
+                raise ValueError(f"--depths is about affine recurrences, but {run} learnt {study.task_name}")
     os.makedirs(out, exist_ok=True)
     progress, above, runs = Progress(len(studies)), os.path.commonpath(folders), {}
-    for run in order:
+    for run in list(studies):
         runs[os.path.relpath(run, above)] = measure_one(studies.pop(run), run, progress)
     progress.finish()
     save_json(runs, os.path.join(out, f"{kind}.json"))
@@ -2190,14 +2099,6 @@ def short(value) -> str:
     if isinstance(value, float):
         return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.3g}"
     return str(value)
-
-
-def paper_text(name: str) -> str:
-    """The paper's value of a claim as a table has it: a range by its ends; one of ours has none."""
-    paper = CLAIMS[name].paper
-    if paper is None:
-        return "(ours)"
-    return f"{paper[0]} to {paper[1]}" if isinstance(paper, list) else short(paper)
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -2238,7 +2139,7 @@ def markdown(results: dict) -> str:
     for name, found in results["claims"].items():
         fresh, number = found["untrained"], CLAIMS[name].figure
         rows.append([f"[`{name}`](#{name}) {found['claim']}", f"[{number}]({figure_file(number)})",
-                     paper_text(name), short(found["measured"]),
+                     CLAIMS[name].paper_text(), short(found["measured"]),
                      " to ".join(map(short, found["interval"] or ())), found["verdict"]])
         verdicts = f"**{found['verdict']}** (untrained: {fresh['verdict']})"
         details += ["", f"## {name}", "", f"{found['claim']}: {verdicts}.", "", f"Rule: {found['why']}", ""]
@@ -2262,11 +2163,10 @@ class Progress:
         return time.perf_counter() - self.start
 
     def next(self, what: str, part: float = 1.0):
-        left = self.elapsed() / max(part, self.done) * (self.total - self.done)
-        left = f", about {left:.0f} s left" if self.done else ""
+        spent = self.elapsed()
+        left = f", about {spent * (self.total / self.done - 1):.0f} s left" if self.done else ""
+        self.line.show(f"{self.done / self.total:4.0%} {what} ({spent:.0f} s{left})")
         self.done += part
-        count = math.ceil(self.done - 1e-6)  # parts of 1 add up with a rounding error
-        self.line.show(f"[{count}/{self.total}] {what} ({self.elapsed():.0f} s{left})")
 
 
 def write_text(out: str, name: str, text: str):
@@ -2276,10 +2176,9 @@ def write_text(out: str, name: str, text: str):
 
 def draw(figure_of: Callable, what, path: str):
     """Write the figure that `figure_of` makes of `what` to a PNG."""
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE), replacing(path) as f:
         canvas = figure_of(what)
-        with replacing(path) as f:
-            canvas.savefig(f, format="png")
+        canvas.savefig(f, format="png")
         plt.close(canvas)
 
 
@@ -2289,8 +2188,7 @@ def measure(study: Study, names: Iterable[str], progress: Progress, prefix: str 
     results = {}
     for name in names:
         progress.next(f"{prefix}claim {name}", part)
-        claim = CLAIMS[name]
-        found, fresh = claim.function(study), claim.function(study.untrained)
+        found, fresh = (CLAIMS[name].function(each) for each in (study, study.untrained))
         untrained = {"verdict": fresh.verdict, "values": fresh.values}
         results[name] = plain(asdict(found) | {"untrained": untrained})
     return results
@@ -2300,29 +2198,29 @@ def analyse(run: str, seed: int, out: str, wanted: list[int] | None):
     """Draw the figures `wanted` of a run into `out`; for None all, and measure every claim, with the
     reports. Says in a line what has no meaning for this run."""
     study = open_study(run, seed)
-    entries = {number: FIGURES[number] for number in sorted(wanted or FIGURES)} | ({} if wanted else CLAIMS)
-    left = [name for name, entry in entries.items() if not study.has(entry)]
-    if left := [f"figure {name}" if name in FIGURES else name for name in left]:
+    entries = {f"figure {number}": FIGURES[number] for number in wanted or FIGURES}
+    entries |= {} if wanted else CLAIMS
+    if left := [name for name, entry in entries.items() if not study.has(entry)]:
         about = f"a model of {len(study.layers)} layers that learnt {study.task_name} sequences"
         print(f"left out, without a meaning for {about}: {', '.join(left)}")
-    chosen = [name for name, entry in entries.items() if study.has(entry)]
-    figures = [name for name in chosen if name in FIGURES]
+    figures = [number for number in sorted(set(wanted or FIGURES)) if study.has(FIGURES[number])]
+    names = [name for name, entry in CLAIMS.items() if study.has(entry) and not wanted]
     os.makedirs(out, exist_ok=True)
-    progress = Progress(len(chosen))
+    progress = Progress(len(figures) + len(names))
     for number in figures:
         progress.next(f"figure {number}: {FIGURES[number].text}")
         draw(FIGURES[number].function, study, os.path.join(out, figure_file(number)))
-    claims = measure(study, [name for name in chosen if name in CLAIMS], progress)
+    claims = measure(study, names, progress)
     progress.finish()
     if not wanted:
-        text = lambda claim: {"claim": claim.text, "paper": claim.paper, "why": claim.rule}
-        claims = {name: text(CLAIMS[name]) | found for name, found in claims.items()}
+        for name, found in claims.items():
+            rule = " ".join(CLAIMS[name].function.__doc__.split())
+            claims[name] = {"claim": CLAIMS[name].text, "paper": CLAIMS[name].paper, "why": rule} | found
+            measured = short(found["measured"]).replace("<br>", " / ")[:50]
+            print(f"{name:20}  {CLAIMS[name].paper_text():16}  {measured:50}  {found['verdict']}")
         results = {"meta": {"weights": run} | meta(study, run), "claims": claims}
         save_json(results, os.path.join(out, "results.json"))
         write_text(out, "results.md", markdown(results))
-        for name, found in claims.items():
-            measured = short(found["measured"]).replace("<br>", " / ")[:50]
-            print(f"{name:20}  {paper_text(name):16}  {measured:50}  {found['verdict']}")
     files = f"{len(figures)} figures{'' if wanted else ' and results.json, results.md'}"
     print(f"{files} in {out}, {progress.elapsed():.0f} s")
 
@@ -2331,14 +2229,14 @@ def main():
     parser = CommandLine(__doc__)
     what, option = parser.add_mutually_exclusive_group(required=True).add_argument, parser.add_argument
     what("--all", action="store_true", help="every figure and claim, results.json and results.md")
-    what("--fig", type=whole_number, action="append", metavar="N", help="figure N; also several times")
+    what("--fig", type=int, action="append", metavar="N", help="figure N; also several times")
     what("--list", action="store_true", help="list the figures and claims")
     what("--seeds", nargs="+", metavar="DIR", help="compare the claims on every run in DIR/*/")
     what("--tasks", nargs=1, metavar="DIR", help="compare what the runs in DIR/*/ have learnt")
     what("--depths", nargs=1, metavar="DIR", help="compare models of one, two and three layers in DIR/*/")
     option("--run", metavar="DIR", help="run folder with weights.pt and log.csv (default: weights)")
     option("--out", metavar="DIR", help="folder of what is written (default: figures, or figures in --run)")
-    option("--seed", type=whole_number, help="of the sequences and random matrices (default: 0)")
+    option("--seed", type=int, help="of the sequences and random matrices (default: 0)")
     given = vars(parser.parse_args())
     for number in given.get("fig", []):
         if number not in FIGURES:
@@ -2355,8 +2253,8 @@ def main():
         elif "list" in given:
             for number in sorted(FIGURES):
                 print(f"figure {number:2}  {FIGURES[number].text}")
-            for name, claim in CLAIMS.items():
-                print(f"claim  {name}: {claim.text} (paper: {paper_text(name)}; figure {claim.figure})")
+            for name, entry in CLAIMS.items():
+                print(f"claim  {name}: {entry.text} (paper: {entry.paper_text()}; figure {entry.figure})")
         else:
             analyse(run, seed, out, given.get("fig"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,5 @@
-"""Everything that changes what the model computes: ablation, patching, other QK circuits (sections 4.5, 4.6).
+"""Everything that changes what the model computes: ablation, patching, other QK circuits (sections 4.5, 4.6);
+and source weights, which show what the output does when an input moves.
 
     import torch, data, model, interventions
     transformer = model.fold(model.load_weights("weights/weights.pt"))
@@ -18,12 +19,15 @@ An intervention on activations is a hook dict, one on weights a changed copy: th
 is and nothing has to be undone. Head outputs are replaced at hook_z, before W_O. Since W_O is linear this is
 the same as replacing what each head writes, without materialising it; b_O stays, and on a folded model b_O
 holds the value biases.
+
+Parts, in order: hooks that record and replace activations; copies with another QK circuit; source weights.
 """
 
 import copy
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import Transformer
@@ -36,37 +40,34 @@ def layer_heads(model: Transformer, layer: int) -> list[Head]:
     return [(layer, head) for head in range(model.config.n_heads)]
 
 
-def output_names(model: Transformer) -> list[str]:
-    """The hook points of `replace_outputs`: hook_z of every attention layer, hook_mlp_out of every MLP."""
-    return [name for l in range(model.config.n_layers)
-            for name in (f"blocks.{l}.attn.hook_z", f"blocks.{l}.hook_mlp_out")]
-
-
 def record(names: Iterable[str], into: dict[str, Tensor]) -> dict[str, Callable]:
     """Hooks that change nothing and keep the activations `names` in `into`; a cache would keep them all."""
 
     def keep(name: str) -> Callable:
-        return lambda value: into.setdefault(name, value)
+        def hook(value: Tensor) -> Tensor:
+            into[name] = value
+            return value
+
+        return hook
 
     return {name: keep(name) for name in names}
 
 
-def mean_outputs(cache: dict[str, Tensor], over_positions: bool = False) -> dict[str, Tensor]:
-    """Mean output of every head and MLP over a population, for mean ablation (section 4.5).
+def mean_outputs(cache: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mean output of every head and MLP at each position over a population, for mean ablation (section 4.5).
 
-    cache: activations of a forward pass over the population, those of `output_names` at least. The mean is
-    taken at each position, so that it keeps what a head does at that position whatever the input; with
-    `over_positions` over positions as well, which leaves one vector. Returns {hook name: mean}, hook_z [pos
-    or 1, n_heads, d_head] and hook_mlp_out [pos or 1, d_model].
+    cache: activations of a forward pass over the population, with those that are to be replaced. Returns
+    {hook name: mean}, blocks.{l}.attn.hook_z [pos, n_heads, d_head] and blocks.{l}.hook_mlp_out [pos,
+    d_model]; their mean over positions is another choice, which forgets what a head does at each.
     """
-    outputs = {name: value for name, value in cache.items() if name.endswith((".hook_z", ".hook_mlp_out"))}
-    return {name: value.mean((0, 1), keepdim=True)[0] if over_positions else value.mean(0)
-            for name, value in outputs.items()}
+    return {name: value.mean(0) for name, value in cache.items()
+            if name.endswith((".hook_z", ".hook_mlp_out"))}
 
 
 def zero_outputs(model: Transformer) -> dict[str, Tensor]:
     """Zeros for zero ablation, to be used like `mean_outputs`."""
-    return {name: torch.zeros(()) for name in output_names(model)}
+    return {f"blocks.{l}.{name}": torch.zeros(()) for l in range(model.config.n_layers)
+            for name in ("attn.hook_z", "hook_mlp_out")}
 
 
 def replace_outputs(values: dict[str, Tensor], heads: Iterable[Head] = (),
@@ -165,3 +166,44 @@ def random_qk(model: Transformer, layer: int, heads: Iterable[int],
     trained = (attn.W_Q[heads] @ attn.W_K[heads].transpose(1, 2)).norm(dim=(1, 2), keepdim=True)
     return replace_qk(model, layer, heads,
                       W_Q * trained / (W_Q @ W_K.transpose(1, 2)).norm(dim=(1, 2), keepdim=True), W_K)
+
+
+# Source weights (ours)
+#
+# If a is an affine recurrence so is a Q for every orthogonal Q. A predictor that commutes with such rotations
+# is prediction_n = sum over s <= n of w_s a_s, its weights functions of inner products only. Moving one a_s
+# by a small v orthogonal to the plane of the sequence changes no inner product to first order: the prediction
+# moves by w_s v.
+
+
+def off_plane(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random unit vectors orthogonal to all vectors of each sequence x [batch, pos, d_vocab]: [batch,
+    d_vocab]. The sequences must span less than d_vocab dimensions; an affine recurrence spans two."""
+    projection = torch.linalg.pinv(x, rtol=1e-6) @ x  # [batch, d_vocab, d_vocab]
+    v = torch.randn(len(x), x.shape[-1], generator=generator, dtype=x.dtype)
+    return F.normalize(v - torch.einsum("bv,bvw->bw", v, projection), dim=-1)
+
+
+def source_weights(predict: Callable, x: Tensor, v: Tensor) -> Tensor:
+    """w_s = <v, d prediction_n / d a_s . v>, one forward-mode derivative for each source s.
+
+    predict: [batch, pos, d_vocab] -> [batch, dest, ..., d_vocab]; x [batch, pos, d_vocab], in float64; v
+    [batch, d_vocab] from `off_plane`. Returns [batch, dest, src, ...]: each component of what `predict`
+    returns has weights.
+    """
+    moves = torch.eye(x.shape[1], dtype=x.dtype)[:, None, :, None] * v[:, None]  # [src, batch, pos, d_vocab]
+    move = lambda tangent: torch.func.jvp(predict, (x,), (tangent,))[1]
+    moved = torch.vmap(move, chunk_size=max(2, 35 // len(x)))(moves)  # so much stays in the processor's cache
+    return torch.einsum("sbp...v,bv->bps...", moved, v)
+
+
+def strides(w: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor]:
+    """With a_s = a* + c^s u the prediction holds (A c^{n-1} + B c^n) u, A from the sources at the parity of n
+    - 1 and B from those at the parity of n; c^{n+1} is right. w [..., dest, src] -> A / c^2 and B / c, [...,
+    dest]: a two-step rule has 1 and 0, a one-step rule 0 and 1. c: one for all, or a tensor [...], which may
+    be complex: where a_s = a* + sum_i c_i^s u_i, each root c_i has its own A and B."""
+    n = torch.arange(w.shape[-1], dtype=w.dtype)
+    c = c[..., None, None] if isinstance(c, Tensor) else float(c)
+    parts = w * c ** (n - n[:, None] - 1)
+    other_parity = (n[:, None] - n) % 2 == 1
+    return (parts * other_parity).sum(-1), (parts * ~other_parity).sum(-1)

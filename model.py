@@ -1,4 +1,4 @@
-"""The paper's three-layer transformer in plain PyTorch (3.2, A.1), with hooks, folding and weights files.
+"""The paper's three-layer transformer in plain PyTorch (3.2, A.1): hooks, folding, circuits, weights files.
 
     import torch, data, model
     transformer = model.load_weights("weights/weights.pt")
@@ -14,7 +14,7 @@ Names and shapes of parameters and hook points are TransformerLens'. Vectors are
 the right: x @ W_E, as in the paper. Index letters in every einsum of the project:
 
     b batch   p position (q destination, k source)   h head
-    d d_model   e d_head   m d_mlp   v d_vocab   l layer   D a second d_model
+    d d_model   e d_head   m d_mlp   v d_vocab   s a source that is moved   D, w a second d_model, d_vocab
 """
 
 import contextlib
@@ -320,6 +320,71 @@ def fold(transformer: Transformer) -> Transformer:
     for parameter in writers:
         parameter -= parameter.mean(-1, keepdim=True)
     return model
+
+
+# Circuits: products of weights, best of a folded model. They act from the right, x @ W_V @ W_O.
+
+
+def ov_circuit(model: Transformer, layer: int) -> Tensor:
+    """W_V W_O of each head, [n_heads, d_model, d_model]: a source vector x adds x @ OV to the destination."""
+    attn = model.blocks[layer].attn
+    return attn.W_V @ attn.W_O
+
+
+def qk_circuit(model: Transformer, layer: int) -> Tensor:
+    """W_Q W_K^T of each head, [n_heads, d_model, d_model]: without biases the score before
+    / sqrt(d_head) is x_destination @ QK @ x_source (section 4.6)."""
+    attn = model.blocks[layer].attn
+    return attn.W_Q @ attn.W_K.transpose(1, 2)
+
+
+def full_ov_circuit(model: Transformer, layer: int) -> Tensor:
+    """W_E W_V W_O W_U of each head, [n_heads, d_vocab, d_vocab]: between data vectors, no LayerNorm."""
+    return model.embed.W_E @ ov_circuit(model, layer) @ model.unembed.W_U
+
+
+def identity_cosine(matrix: Tensor) -> Tensor:
+    """Cosine between square matrices [..., n, n] and I: trace / (Frobenius norm * sqrt(n)), in [-1, 1]; at
+    most sqrt(r / n) for rank r."""
+    n = matrix.shape[-1]
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / (matrix.norm(dim=(-2, -1)) * n**0.5)
+
+
+def eigenvalue_score(circuit: Tensor) -> Tensor:
+    """sum(lambda) / sum(|lambda|) of square matrices [..., n, n], in [-1, 1]: 1 copies, -1 copies negatively.
+
+    For a product of thin factors A B pass B A, which has the same eigenvalues but for zeros.
+    """
+    eigenvalues = torch.linalg.eigvals(circuit.double().cpu())  # there matrices of this size are faster
+    return (eigenvalues.sum(-1).real / eigenvalues.abs().sum(-1)).float()
+
+
+def effective_rank(matrix: Tensor) -> Tensor:
+    """Participation ratio of the singular values, (sum s)^2 / sum s^2, of matrices [..., m, n]: 1 for rank
+    one, n for an n x n rotation."""
+    s = torch.linalg.svdvals(matrix.double())
+    return (s.sum(-1) ** 2 / (s**2).sum(-1)).float()
+
+
+def direct_attribution(model: Transformer, component: Tensor, target: Tensor,
+                       scale: Tensor | None = None) -> Tensor:
+    """Direct logit attribution: <ln_final(component) W_U, target>, [batch, pos, ...], of what something adds
+    to the residual stream, [batch, pos, ..., d_model]; target [batch, pos, d_vocab].
+
+    scale None is the paper's text: ln_final normalises the component by itself, and so forgets how large it
+    is. With scale = ln_final.hook_scale [batch, pos, 1] the component is divided as the residual stream as a
+    whole is: the field's standard, in which all components and ln_final.b W_U + b_U add up to the output's.
+    """
+    ln = model.ln_final
+    if scale is None:
+        normalised = F.layer_norm(component, ln.w.shape, ln.w, None, ln.eps)
+    else:
+        scale = scale.reshape(*scale.shape[:2], *[1] * (component.dim() - 2))
+        normalised = (component - component.mean(-1, keepdim=True)) / scale * ln.w
+    return torch.einsum("bp...d,bpd->bp...", normalised, target @ model.unembed.W_U.T)
+
+
+# Files
 
 
 @contextlib.contextmanager

@@ -881,7 +881,7 @@ class Training(TestCase):
 
     def test_folders_that_cannot_be_used_are_refused_and_left_as_they_are(self):
         settings = self.settings()
-        with self.assertRaisesRegex(FileNotFoundError, "nothing to resume"):
+        with self.assertRaisesRegex(FileNotFoundError, "there is no checkpoint"):
             train.open_run(settings, resume=True)
         self.assertFalse(os.path.exists(settings["out"]))
         train.open_run(settings, resume=False).release()
@@ -918,7 +918,7 @@ class Training(TestCase):
         out = os.path.join(self.folder(), "run")
         for arguments, says in ((["--steps", "0"], "at least 1, not 0"),
                                 (["--steps", "-5"], "at least 1, not -5"),
-                                (["--steps", "many"], "whole number"), (["--batch-size", "0"], "at least 1"),
+                                (["--steps", "many"], "invalid int"), (["--batch-size", "0"], "at least 1"),
                                 (["--lr", "nan"], "finite"), (["--lr", "-1"], "above 0"),
                                 (["--lr", "0"], "above 0"), (["--weight-decay", "inf"], "at least 0"),
                                 (["--device", "nonsense"], "must be cpu, cuda or cuda:N"),
@@ -985,8 +985,9 @@ class Interventions(TestCase):
         self.assertClose(self.model(self.x, hooks=hooks), without(self.x), 1e-10)
 
     def test_mean_ablation_replaces_a_head_by_its_mean(self):
-        for over_positions, dims in ((False, 0), (True, (0, 1))):
-            means = interventions.mean_outputs(self.cache, over_positions)
+        at_each = interventions.mean_outputs(self.cache)
+        over_positions = {name: mean.mean(0) for name, mean in at_each.items()}
+        for means, dims in ((at_each, 0), (over_positions, (0, 1))):
             after = {}
             self.model(self.x, hooks=interventions.replace_outputs(means, [(0, 2)], [0]), cache=after)
             z = self.cache["blocks.0.attn.hook_z"]
@@ -995,6 +996,13 @@ class Interventions(TestCase):
             self.assertTrue(torch.equal(after["blocks.0.attn.hook_z"][:, :, :2], z[:, :, :2]))
             mlp = self.cache["blocks.0.hook_mlp_out"]
             self.assertClose(after["blocks.0.hook_mlp_out"], mlp.mean(dims).expand_as(mlp), 1e-12)
+
+    def test_recording_changes_nothing_and_keeps_the_last_pass(self):
+        other, kept, name = random_input(seed=7), {}, "blocks.1.hook_resid_pre"
+        hooks, cache = interventions.record([name], kept), {}
+        self.assertTrue(torch.equal(self.model(self.x, hooks=hooks), self.model(self.x)))
+        self.assertClose(self.model(other, hooks=hooks), self.model(other, cache=cache), 1e-12)
+        self.assertClose(kept[name], cache[name], 1e-12)
 
     def test_mean_ablation_over_one_sequence_changes_nothing_on_it(self):
         one, cache = self.x[:1], {}
@@ -1040,18 +1048,18 @@ class Interventions(TestCase):
 
     def test_pseudoinverse_qk_is_a_projection_of_rank_d_head(self):
         changed = interventions.pseudoinverse_qk(self.model, 1, [0, 2], seeded())
-        P = analyze.qk_circuit(changed, 1)
+        P = model.qk_circuit(changed, 1)
         for head in (0, 2):
             self.assertClose(P[head] @ P[head], P[head], 1e-9)
             self.assertClose(P[head], P[head].T, 1e-9)
             self.assertAlmostEqual(P[head].trace().item(), SMALL.d_head, places=9)
             self.assertEqual(torch.linalg.matrix_rank(P[head]).item(), SMALL.d_head)
-        self.assertClose(P[1], analyze.qk_circuit(self.model, 1)[1], 1e-12)
+        self.assertClose(P[1], model.qk_circuit(self.model, 1)[1], 1e-12)
         self.assertTrue(torch.equal(self.model(self.x), random_model()(self.x)))  # which was not changed
 
     def test_random_qk_is_as_large_as_the_trained_one(self):
         changed = interventions.random_qk(self.model, 0, [0, 1], seeded())
-        before, after = analyze.qk_circuit(self.model, 0), analyze.qk_circuit(changed, 0)
+        before, after = model.qk_circuit(self.model, 0), model.qk_circuit(changed, 0)
         self.assertClose(after.norm(dim=(1, 2)), before.norm(dim=(1, 2)), 1e-9)
         self.assertGreater((after - before)[:2].abs().max(), 0.01)
         self.assertClose(after[2], before[2], 1e-12)
@@ -1070,11 +1078,11 @@ class Measures(TestCase):
         quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
         for matrix, score in ((torch.eye(4), 1), (-torch.eye(4), -1), (quarter_turn, 0),
                               (torch.diag(torch.tensor([3.0, -1.0])), 0.5)):
-            self.assertAlmostEqual(analyze.eigenvalue_score(matrix).item(), score, places=6)
+            self.assertAlmostEqual(model.eigenvalue_score(matrix).item(), score, places=6)
 
     def test_eigenvalue_score_of_thin_factors_is_that_of_their_product(self):
         transformer = random_model()
-        product = torch.stack([analyze.eigenvalue_score(analyze.ov_circuit(transformer, l))
+        product = torch.stack([model.eigenvalue_score(model.ov_circuit(transformer, l))
                                for l in range(2)])
         self.assertClose(analyze.ov_eigenvalue_scores(transformer)[0], product, 1e-5)
 
@@ -1082,14 +1090,14 @@ class Measures(TestCase):
         rotation = torch.linalg.qr(torch.randn(6, 6, generator=seeded()))[0]
         for matrix, rank in ((torch.outer(torch.arange(1.0, 4), torch.ones(5)), 1), (rotation, 6),
                              (torch.diag(torch.tensor([2.0, 1.0, 0.0])), 9 / 5)):
-            self.assertAlmostEqual(analyze.effective_rank(matrix).item(), rank, places=4)
+            self.assertAlmostEqual(model.effective_rank(matrix).item(), rank, places=4)
 
     def test_identity_cosine_of_known_matrices(self):
         quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
         half = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0]))
         for matrix, cosine in ((3 * torch.eye(5), 1), (-torch.eye(5), -1), (quarter_turn, 0),
                                (half, 0.5**0.5)):
-            self.assertAlmostEqual(analyze.identity_cosine(matrix).item(), cosine, places=6)
+            self.assertAlmostEqual(model.identity_cosine(matrix).item(), cosine, places=6)
 
     def test_share_outside_a_subspace(self):
         W_E = torch.eye(128)[:40]
@@ -1131,7 +1139,7 @@ class Measures(TestCase):
         transformer, x, kept = random_model(), random_input(), {}
         y, target = transformer(x, cache=kept), random_input(seed=5)
         scale = kept["ln_final.hook_scale"]
-        part = lambda component: analyze.direct_attribution(transformer, component, target, scale)
+        part = lambda component: model.direct_attribution(transformer, component, target, scale)
         total = part(kept["hook_embed"]) + part(kept["hook_pos_embed"])
         for l, block in enumerate(transformer.blocks):
             total = (total + part(kept[f"blocks.{l}.attn.hook_result"]).sum(-1)
@@ -1143,9 +1151,9 @@ class Measures(TestCase):
     def test_the_papers_attribution_forgets_the_size_of_a_component(self):
         transformer, target, component = (random_model(), random_input(seed=5),
                                           torch.randn(4, 6, 3, 12, generator=seeded(), dtype=torch.double))
-        once = analyze.direct_attribution(transformer, component, target)
+        once = model.direct_attribution(transformer, component, target)
         self.assertEqual(once.shape, (4, 6, 3))
-        self.assertClose(analyze.direct_attribution(transformer, 1000 * component, target), once, 1e-3)
+        self.assertClose(model.direct_attribution(transformer, 1000 * component, target), once, 1e-3)
 
     def test_the_solver_finds_the_next_vector_whatever_c_is(self):
         for c in (-2.0, -1.0, -1e-3, 0.0, 0.5, 1.0, 1.7):
@@ -1188,7 +1196,7 @@ class Measures(TestCase):
     def test_source_weights_of_predictors_whose_weights_are_known(self):
         for c in (-1.5, 0.7, 1.3):
             x = self.recurrences(c)
-            v, other = (analyze.off_plane(x, seeded(seed)) for seed in (5, 6))
+            v, other = (interventions.off_plane(x, seeded(seed)) for seed in (5, 6))
             self.assertClose(torch.einsum("bv,bpv->bp", v, x), 0, 1e-9)
             self.assertClose(v.norm(dim=-1), 1, 1e-12)
             # A fixed linear predictor, and the exact solver: c a_n + (a_n - c a_{n-1} + a_{n-1} - c a_{n-2})
@@ -1202,25 +1210,25 @@ class Measures(TestCase):
                                       (solver, {6: c + 0.5, 5: 0.5 - c / 2, 4: -c / 2}),
                                       (two_steps, {6: 1, 5: c**2, 4: -(c**2)}),
                                       (rule, {5: c**2, **nearest})):
-                w = analyze.source_weights(predict, x, v)
+                w = interventions.source_weights(predict, x, v)
                 wanted = torch.tensor([float(expected.get(s, 0)) for s in range(9)], dtype=torch.double)
                 self.assertClose(w[:, 6], wanted.expand(3, -1), 1e-7)
-                self.assertClose(w[:, 6], analyze.source_weights(predict, x, other)[:, 6], 1e-7)
-                A, B = analyze.strides(w, c)
+                self.assertClose(w[:, 6], interventions.source_weights(predict, x, other)[:, 6], 1e-7)
+                A, B = interventions.strides(w, c)
                 total = (wanted * c ** (torch.arange(9) - 7.0)).sum()  # of u in a_7: all but linear are right
                 self.assertClose((A + B)[:, 6], total, 1e-6)
 
     def test_strides_of_the_two_step_and_the_one_step_rule(self):
         c, w = 1.5, torch.zeros(1, 9, 9, dtype=torch.double)
         w[:, 6, 5], w[:, 7, 7] = c**2, c
-        A, B = analyze.strides(w, c)
+        A, B = interventions.strides(w, c)
         self.assertClose(torch.stack([A[0, 6], B[0, 6], A[0, 7], B[0, 7]]), torch.tensor([1.0, 0, 0, 1]),
                          1e-9)
 
     def test_a_predictor_that_is_not_equivariant_has_weights_that_differ_with_the_direction(self):
         x, D = self.recurrences(1.2), torch.linspace(0, 2, 40, dtype=torch.double)
-        first, second = (analyze.source_weights(lambda x: x * D, x, analyze.off_plane(x, seeded(seed)))
-                         for seed in (5, 6))
+        directions = [interventions.off_plane(x, seeded(seed)) for seed in (5, 6)]
+        first, second = (interventions.source_weights(lambda x: x * D, x, v) for v in directions)
         self.assertGreater((first - second).abs().max(), 0.05)
         for predict, low, high in ((lambda x: 2 * x, 0, 1e-9), (lambda x: x * D, 0.01, 1)):
             study = analyze.Study(model.Transformer(SMALL_TASK, seeded()), 0, 20)
@@ -1240,7 +1248,7 @@ class Measures(TestCase):
         # equivariant.
         x, kept = analyze.read_weights(study, 1.5).sample.a[:2, :-1], {}
         study.exact(x, cache=kept)
-        v = analyze.off_plane(x, study.generator("components 1.5"))
+        v = interventions.off_plane(x, study.generator("components 1.5"))
 
         def final_scale(x):
             cache = {}
@@ -1248,8 +1256,8 @@ class Measures(TestCase):
             return cache["ln_final.hook_scale"].log().expand(-1, -1, 40) * v[:, None]
 
         output = study.exact(x) - study.model.unembed.b_U.double()
-        through_scale = analyze.source_weights(final_scale, x, v) * (output @ v[:, :, None])
-        exact = analyze.source_weights(study.exact, x, v)
+        through_scale = interventions.source_weights(final_scale, x, v) * (output @ v[:, :, None])
+        exact = interventions.source_weights(study.exact, x, v)
         self.assertClose(sum(weights.values()) - through_scale, exact, 1e-9)
 
     def test_interleaved_sequences_keep_what_their_names_say(self):
@@ -1274,7 +1282,7 @@ class Measures(TestCase):
 
     def test_main_directions_are_those_of_the_variance(self):
         study = analyze.Study(model.Transformer(SMALL_TASK, seeded()), 0, 20)
-        mean, directions, shares = analyze.main_directions(study, 0, 12)
+        mean, directions, shares = analyze.main_directions(study, 0)
         self.assertClose(directions @ directions.T, torch.eye(12), 1e-4)
         self.assertAlmostEqual(shares.sum().item(), 1, places=5)
         varying = study.activations["blocks.0.hook_attn_out"] - mean
@@ -1310,12 +1318,12 @@ class Measures(TestCase):
         attn = transformer.blocks[1].attn
         attn.b_Q.zero_(), attn.b_K.zero_()
         transformer(random_input(), cache=cache)
-        scores = (torch.einsum("bqd,hdD,bkD->bhqk", x, analyze.qk_circuit(transformer, 1), x)
+        scores = (torch.einsum("bqd,hdD,bkD->bhqk", x, model.qk_circuit(transformer, 1), x)
                   / SMALL.d_head**0.5)
         kept = cache["blocks.1.attn.hook_attn_scores"]
         self.assertClose(scores[kept.isfinite()], kept[kept.isfinite()], 1e-9)
         result = torch.einsum("bhqk,bkd,hdD->bqhD", cache["blocks.1.attn.hook_pattern"], x,
-                              analyze.ov_circuit(transformer, 1))
+                              model.ov_circuit(transformer, 1))
         self.assertClose(result, cache["blocks.1.attn.hook_result"], 1e-9)
 
 
@@ -1590,7 +1598,7 @@ class Analysis(TestCase):
         group = analyze.by_setting(runs)[relu]
         each = analyze.over_runs(group, "mse")["all lengths"]
         self.assertEqual(each.tolist(), [found["claims"]["mse"]["measured"] for found in group])
-        self.assertIn(f"{analyze.short(each.std(ddof=1))}): {analyze.short(each.tolist())}<br>", text)
+        self.assertIn(f"{analyze.short(each.std(ddof=1))}): {analyze.short(each.tolist())} |", text)
         zero, seven = (os.path.join(folder, name) for name in ("seed_0000", "seed_0007"))
         shutil.copy(os.path.join(zero, "weights.pt"), seven)  # other weights are measured anew
         self.assertEqual(command(analyze.main, "--seeds", folder, "--out", out)[0], 0)
@@ -1603,8 +1611,8 @@ class Analysis(TestCase):
         runs = {str(i): {"meta": about | changes} for i, changes in enumerate((
             {"step": 50_000}, small, {"task": "linear-2"}, {}, {}))}
         self.assertEqual({name: len(group) for name, group in analyze.by_setting(runs).items()},
-                         {"relu, 0.02": 2, "relu, 0.02, d_mlp 20, n_layers 1": 1, "relu, 0.02, linear-2": 1,
-                          "relu, 0.02, step 50,000": 1})
+                         {"relu, 0.02": 2, "relu, 0.02, d_mlp 20, n_layers 1": 1,
+                          "relu, 0.02, task linear-2": 1, "relu, 0.02, step 50000": 1})
         self.assertEqual(next(iter(analyze.by_setting(runs))), "relu, 0.02")  # that of most runs
 
     def test_folders_without_runs_are_refused_and_nothing_is_written(self):
@@ -1702,7 +1710,7 @@ class Analysis(TestCase):
         for name in seeds[0]["claims"]:
             (row,) = (line for line in readme if line.startswith(f"| `{name}` "))
             _, paper, ours, verdicts = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
-            self.assertEqual(paper, analyze.paper_text(name))
+            self.assertEqual(paper, analyze.CLAIMS[name].paper_text())
             self.assertEqual(verdicts, " / ".join(map(str, analyze.count_verdicts(seeds, name))))
             means = [analyze.short(values.mean()) for values in analyze.over_runs(seeds, name).values()]
             self.assertIn(ours.split()[0], means)
@@ -1714,7 +1722,7 @@ class Analysis(TestCase):
                                                                  out)
         refused(2, "no figure 99", "--fig", "99")
         refused(2, "one of the arguments")
-        refused(2, "whole number", "--all", "--seed", "x")
+        refused(2, "invalid int value", "--all", "--seed", "x")
         refused(1, "no run folder", "--all", "--run", os.path.join(folder, "missing"))
         os.mkdir(run)
         refused(1, "no weights file", "--all", "--run", run)

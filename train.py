@@ -25,6 +25,7 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -254,9 +255,6 @@ def open_run(settings: dict, resume: bool) -> Run:
         refuse_existing(out)  # nobody has begun one in the meantime
         run.save()  # so that it can be resumed whenever it is killed, and a read-only folder shows now
         return run
-    if not os.path.exists(checkpoint):
-        instead = "it holds no checkpoint.pt; leave out --resume to start a run"
-        raise FileNotFoundError(f"nothing to resume in {out}: {instead}")
     state = load_file(checkpoint, "checkpoint")
     run = Run(state.get("settings", {}) | settings_beside(checkpoint) | settings)
     run.lock()
@@ -512,14 +510,8 @@ def train(runs: list[Run]) -> bool:
     return step == options.steps
 
 
-def recorded_settings(runs: list[dict]) -> dict:
-    """What the first of `runs` to have begun was trained with. FileNotFoundError if none has."""
-    for settings in runs:
-        checkpoint = os.path.join(settings.get("out", Options.out), "checkpoint.pt")
-        if os.path.exists(checkpoint):
-            return settings_beside(checkpoint)
-    folder = os.path.dirname(runs[0]["out"])
-    raise FileNotFoundError(f"nothing to resume in {folder}: leave out --resume to start runs")
+def has_begun(settings: dict) -> bool:
+    return os.path.exists(os.path.join(settings.get("out", Options.out), "checkpoint.pt"))
 
 
 def train_all(settings: list[dict], resume: bool, recorded: dict) -> bool:
@@ -528,14 +520,11 @@ def train_all(settings: list[dict], resume: bool, recorded: dict) -> bool:
     Resuming several starts those that had not begun yet, with the `recorded` settings of one that had. Raises
     what `open_run` and `train` raise, and ValueError for runs that differ in more than their seeds.
     """
-    begun = [os.path.exists(os.path.join(s.get("out", Options.out), "checkpoint.pt")) for s in settings]
-    old = [resume and (has_begun or not recorded) for has_begun in begun]
-    for s, is_old in zip(settings, old):
-        if not is_old:
-            refuse_existing(s.get("out", Options.out))  # before any of them writes something
-    old_first = sorted(range(len(settings)), key=lambda i: not old[i])  # they may be refused
-    opened = {i: open_run(settings[i] if old[i] else recorded | settings[i], old[i]) for i in old_first}
-    runs = [opened[i] for i in range(len(settings))]
+    old = [s for s in settings if resume and has_begun(s)]
+    new = [s for s in settings if s not in old]
+    for s in new:
+        refuse_existing(s.get("out", Options.out))  # before any of them writes something
+    runs = [open_run(s, resume=True) for s in old] + [open_run(recorded | s, resume=False) for s in new]
     for run in runs:
         if run.settings | {"seed": 0} != runs[0].settings | {"seed": 0}:
             raise ValueError(f"{run.options.out} was not trained with the settings of {runs[0].options.out}")
@@ -649,38 +638,19 @@ class CommandLine(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def number(kind: type, what: str) -> Callable:
-    """An argparse type."""
-
-    def convert(text: str):
-        try:
-            return kind(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}") from error
-
-    return convert
-
-
-whole_number, real_number = number(int, "a whole number"), number(float, "a number")
-
-
 def seed_list(text: str) -> list[int]:
     """An argparse type for seeds: 0-15, or 3, or 0,2,8-11."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        last = last or first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise argparse.ArgumentTypeError(f"must be seeds such as 0-15 or 0,2,8-11, not {text!r}")
-        seeds += range(int(first), int(last) + 1)
-    if len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"names a seed twice: {text!r}")
+    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in text.split(",")]
+    ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) if part else range(0) for part in parts]
+    seeds = [seed for each in ranges for seed in each]
+    if not all(ranges) or len(set(seeds)) < len(seeds):
+        wanted = "must be seeds such as 0-15 or 0,2,8-11, none twice"
+        raise argparse.ArgumentTypeError(f"{wanted}, not {text!r}")
     return seeds
 
 
 def command_line() -> CommandLine:
     parser = CommandLine(__doc__)
-    types = {int: whole_number, float: real_number, str: str}
     for group, kind in (("training", Options), ("the model", Config)):
         group = parser.add_argument_group(group)
         for f in fields(kind):
@@ -688,7 +658,7 @@ def command_line() -> CommandLine:
                 group.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
             else:
                 text = f"{f.metadata['help']} (default: {f.default})"
-                group.add_argument(flag(f.name), type=types[f.type], help=text, metavar=f.type.__name__)
+                group.add_argument(flag(f.name), type=f.type, help=text, metavar=f.type.__name__)
     parser.add_argument("--seeds", type=seed_list,
                         help="train several, such as 0-15, each into OUT/seed_NNNN; torchrun shares them out")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the out folder")
@@ -711,8 +681,6 @@ def keep_freed_memory():
 def main():
     parser = command_line()
     given = vars(parser.parse_args())
-    again = [part for name, value in given.items() if name not in ("resume", "seeds", "benchmark")
-             for part in (flag(name), *([] if value is True else [str(value)]))]
     resume, seeds, bench = (given.pop(name, None) for name in ("resume", "seeds", "benchmark"))
     rank, ranks, local_rank = (int(os.environ.get(name, n))
                                for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -727,7 +695,6 @@ def main():
 
     runs = [given]
     if seeds:
-        again += ["--seeds", ",".join(map(str, seeds))]
         runs = [given | {"seed": s, "out": os.path.join(options.out, f"seed_{s:04d}")} for s in seeds]
     if options.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(options.device).index or 0)
@@ -740,14 +707,18 @@ def main():
         if bench:
             print(benchmark(given, given.get("steps", BENCHMARK_STEPS)))
             return
-        recorded = recorded_settings(runs) if seeds and resume else {}
+        begun = [run for run in runs if has_begun(run)]
+        if resume and not begun:
+            raise FileNotFoundError(f"nothing to resume in {options.out}: leave out --resume to start")
+        recorded = settings_beside(os.path.join(begun[0]["out"], "checkpoint.pt")) if seeds and resume else {}
         finished = train_all(runs[rank::ranks], bool(resume), recorded)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     if not finished:
-        print(f"stopped and saved; go on with: python train.py {shlex.join(again)} --resume")
+        again = shlex.join(word for word in sys.argv if word != "--resume")
+        print(f"stopped and saved; go on with: python {again} --resume")
         sys.exit(130)
     what = "--seeds" if seeds else "--all --run"
     figures = shlex.quote(os.path.join(options.out, "figures"))
