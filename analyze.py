@@ -15,6 +15,7 @@ the report prints. A figure is a function from a Study to a matplotlib figure un
 needs nothing else. Circuits are those of the folded model and act from the right: x @ W_V @ W_O.
 """
 
+import ast
 import copy
 import functools
 import hashlib
@@ -1910,11 +1911,11 @@ def seeds_markdown(runs: dict[str, dict]) -> str:
             paper = "ours" if entry.paper is None else f"paper: {entry.paper_text()}"
             title = f"[**{name}**](results.md#{name}), {paper}; {entry.unit}"
             column[title] = f"**{' / '.join(map(str, count_verdicts(group, name)))}**"
-            fresh[title] = ""
+            fresh.setdefault(title, "")
             for label, each in over_runs(group, name).items():
                 spread = f" ({short(each.std(ddof=1))}): {short(each.tolist())}" if len(each) > 1 else ""
                 column[f"{name}: {label}"] = short(each.mean()) + spread
-                fresh[f"{name}: {label}"] = found["untrained"]["values"][label]
+                fresh.setdefault(f"{name}: {label}", found["untrained"]["values"][label])
     intro = """A setting is the activation, the standard deviation of the initial weights and what else is
         unlike the paper. In bold: in how many runs a claim is reproduced / partly / not. Values: mean over
         runs (standard deviation): each run, in the order of `seeds.json`. Rules: `results.md`."""
@@ -2112,15 +2113,26 @@ def figure_file(number: int) -> str:
     return f"fig{number:02d}_{FIGURES[number].function.__name__.removeprefix('figure_')}.png"
 
 
+def code_of_numbers() -> str:
+    """The code that numbers depend on: functions and constants, but for those that draw."""
+    parts = []
+    for name in ("data", "model", "interventions", "analyze"):
+        text = Path(__file__).with_name(f"{name}.py").read_text()
+        lines = text.splitlines()
+        parts += ["\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in ast.parse(text).body
+                  if not isinstance(node, ast.Expr)
+                  and not getattr(node, "name", "").startswith(("figure_", "draw"))]
+    return "\n".join(parts)
+
+
 def meta(study: Study, run: str) -> dict:
     """What the numbers were computed from, and with."""
-    digest = lambda *paths: hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-    here = Path(__file__).resolve().parent
-    code = (here / f"{name}.py" for name in ("data", "model", "interventions", "analyze"))
+    digest = lambda content: hashlib.sha256(content).hexdigest()
     versions = {module.__name__: module.__version__ for module in (torch, np, matplotlib)}
-    return {"sha256": digest(Path(run) / "weights.pt"), "code": digest(*code),
-            "step": int(study.log["step"][-1]), "task": study.task_name, "config": asdict(study.model.config),
-            "seed": study.seed, "samples": {name.lower(): globals()[name] for name in SAMPLES},
+    return {"sha256": digest((Path(run) / "weights.pt").read_bytes()),
+            "code": digest(code_of_numbers().encode()), "step": int(study.log["step"][-1]),
+            "task": study.task_name, "config": asdict(study.model.config), "seed": study.seed,
+            "samples": {name.lower(): globals()[name] for name in SAMPLES},
             "versions": {"python": platform.python_version()} | versions}
 
 

@@ -1396,6 +1396,12 @@ class Analysis(TestCase):
         ablated: dict = {}
         expected = analyze.squared_errors(study.model(x, hooks=hooks, cache=ablated), target)
         self.assertClose(arms["mean"] / expected, 1, 1e-3)
+        over_positions = {name: value.mean(0) for name, value in means.items()}
+        hooks = interventions.replace_outputs(over_positions, interventions.layer_heads(study.model, 1))
+        for_all = analyze.squared_errors(study.model(x[:10], hooks=hooks), target[:10])
+        self.assertClose(arms["mean over positions"] / for_all, 1, 1e-3)
+        self.assertEqual(study.factor(study.baseline[:7]), 1)
+        hooks = interventions.replace_outputs(means, interventions.layer_heads(study.model, 1))
         scale = "ln_final.hook_scale"
         alone = study.model(x, hooks=interventions.hold({scale: ablated[scale]}))
         self.assertClose(arms["scale alone"] / analyze.squared_errors(alone, target), 1, 1e-3)
@@ -1462,6 +1468,15 @@ class Analysis(TestCase):
                              [favourite, *found.measured, *shares[f"size up to {favourite}"]])
             self.assertEqual(found.verdict, "reproduced" if favourite == 1 else "not reproduced")
             self.assertGreater(min(shares["z"]), 0.5)
+        back = analyze.follows(study, *analyze.patches(study)["z"], analyze.GROWING, analyze.DECAYING)
+        self.assertEqual(back, shares["z"][::-1])
+        self.assertNotEqual(back, shares["z"])
+
+    def test_sequences_with_c_and_minus_c_are_one_draw_of_the_interval_of_two_steps(self):
+        study, c = self.study(), torch.tensor(analyze.CS, dtype=torch.double)
+        A = (1 + 0.3 * c[c.abs() >= 0.9].sign())[None, :, None].expand(2, -1, 14)
+        with mock.patch.object(analyze, "strong_strides", lambda _: (A, 0 * A, A)):
+            self.assertClose(torch.tensor(analyze.claim_two_steps(study).interval), 1, 1e-6)
 
     def test_factors_of_all_components_are_those_of_all_weights(self):
         study = self.study()
@@ -1594,7 +1609,9 @@ class Analysis(TestCase):
         relu, gelu = analyze.by_setting(runs)
         small = "d_model 12, d_head 4, d_mlp 20, n_heads 3, step 10"
         self.assertEqual((relu, gelu), (f"relu, 0.02, {small}", f"gelu_new, 0.02, {small}"))
-        self.assertIn(f"| {relu} | {gelu} |", text)
+        self.assertIn(f"| {relu} | {gelu} | untrained |", text)
+        fresh = runs["relu/seed_0000"]["claims"]["mse"]["untrained"]["values"]["all lengths"]
+        self.assertRegex(text, rf"\n\| mse: all lengths \| .* \| {analyze.short(fresh)} \|\n")
         group = analyze.by_setting(runs)[relu]
         each = analyze.over_runs(group, "mse")["all lengths"]
         self.assertEqual(each.tolist(), [found["claims"]["mse"]["measured"] for found in group])
@@ -1676,12 +1693,15 @@ class Analysis(TestCase):
     def test_committed_results_belong_to_the_shipped_weights_and_this_code(self):
         results = json.loads(read(os.path.join(HERE, "figures", "results.json")))
         sha = hashlib.sha256(read(os.path.join(HERE, "weights", "weights.pt"))).hexdigest()
-        self.assertEqual(results["meta"]["sha256"], sha)
+        code = analyze.code_of_numbers()
+        self.assertTrue("def claim_mse(" in code and "def figure_loss(" not in code)
+        code = hashlib.sha256(code.encode()).hexdigest()
+        self.assertEqual((results["meta"]["sha256"], results["meta"]["code"]), (sha, code))
         self.assertEqual(list(results["claims"]), list(analyze.CLAIMS))
         for name, found in results["claims"].items():
             claim = analyze.CLAIMS[name]
             self.assertEqual((found["claim"], found["paper"], found["why"]),
-                             (claim.text, claim.paper, claim.rule))
+                             (claim.text, claim.paper, " ".join(claim.function.__doc__.split())))
         for number in analyze.FIGURES:
             self.assertTrue(os.path.exists(os.path.join(HERE, "figures", analyze.figure_file(number))))
         self.assertEqual(read(os.path.join(HERE, "figures", "results.md")).decode(),
@@ -1708,10 +1728,13 @@ class Analysis(TestCase):
         seeds = next(iter(analyze.by_setting(runs).values()))
         readme = read(os.path.join(HERE, "README.md")).decode().splitlines()
         for name in seeds[0]["claims"]:
+            counts = " / ".join(map(str, analyze.count_verdicts(seeds, name)))
+            if analyze.CLAIMS[name].paper is None:
+                self.assertIn(f"`{name}` {counts}", " ".join(readme))
+                continue
             (row,) = (line for line in readme if line.startswith(f"| `{name}` "))
             _, paper, ours, verdicts = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
-            self.assertEqual(paper, analyze.CLAIMS[name].paper_text())
-            self.assertEqual(verdicts, " / ".join(map(str, analyze.count_verdicts(seeds, name))))
+            self.assertEqual((paper, verdicts), (analyze.CLAIMS[name].paper_text(), counts))
             means = [analyze.short(values.mean()) for values in analyze.over_runs(seeds, name).values()]
             self.assertIn(ours.split()[0], means)
 
@@ -1752,6 +1775,9 @@ class Analysis(TestCase):
     def test_list_names_every_figure_and_claim(self):
         status, out, _ = command(analyze.main, "--list")
         self.assertEqual((status, len(out.splitlines())), (0, len(analyze.FIGURES) + len(analyze.CLAIMS)))
+        for name, claim in analyze.CLAIMS.items():  # its figure is drawn wherever it is measured
+            shown = analyze.FIGURES[claim.figure]
+            self.assertTrue(shown.layers <= claim.layers and shown.tasks in ("any", claim.tasks), name)
 
 
 if __name__ == "__main__":
