@@ -798,12 +798,12 @@ class Training(TestCase):
         settings = self.settings()
         run = train.open_run(settings, resume=False)
         before = read(run.path("checkpoint.pt"))
-        with self.assertRaisesRegex(ValueError, "in use by a run that is still alive"):
+        with self.assertRaisesRegex(ValueError, "in use by a run: stop that one first"):
             train.open_run(settings, resume=True)
         child = [sys.executable, "train.py", "--resume", "--out", settings["out"]]
         done = subprocess.run(child, cwd=HERE, capture_output=True, text=True)
         self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
-        self.assertIn("still alive", done.stderr)
+        self.assertIn("in use by a run", done.stderr)
         self.assertEqual(read(run.path("checkpoint.pt")), before)
         run.release()
         self.assertEqual(train.open_run(settings, resume=True).step, 0)
@@ -858,13 +858,44 @@ class Training(TestCase):
         state = train.load_file(run.path("checkpoint.pt"), "checkpoint")
         self.assertEqual((state["step"], state["log"][-1][0]), (4, 3))  # one more step: so the loop sees it
 
+    def test_an_interrupt_in_the_last_step_of_a_seed_stops_those_after_it(self):
+        out, step, taken = self.folder(), train.Trainer.train_step, []
+
+        def interrupted(trainer):
+            taken.append(trainer.runs[0].options.seed)
+            if len(taken) == 2:
+                signal.raise_signal(signal.SIGINT)
+            return step(trainer)
+
+        options = "--d-mlp 20 --batch-size 2 --device cpu --steps 2 --seeds 0-1 --out".split()
+        with mock.patch.object(train.Trainer, "train_step", interrupted):
+            self.assertEqual(command(train.main, *options, out)[0], 130)
+            self.assertEqual(command(train.main, *options, out, "--resume")[0], 0)
+        self.assertEqual(taken, [0, 0, 1, 1])
+
+    def test_one_seed_that_diverges_saves_nothing_of_any(self):
+        runs = [train.open_run(self.settings(seed=seed), resume=False) for seed in (1, 2)]
+        before = [read(run.path("checkpoint.pt")) for run in runs]
+        errors = iter([0.1, float("nan")])
+        with (mock.patch.object(data, "evaluate", lambda *_: next(errors)),
+              self.assertRaisesRegex(FloatingPointError, r"the held-out MSE .* is nan \(seed 2\)")):
+            self.quietly(*runs)
+        self.assertEqual([read(run.path("checkpoint.pt")) for run in runs], before)
+
+    def test_a_line_never_wraps_on_a_terminal(self):
+        terminal = io.StringIO()
+        with (mock.patch.object(terminal, "isatty", lambda: True),
+              mock.patch.dict(os.environ, {"COLUMNS": "30"})):
+            train.Line(terminal).show("x" * 50)
+        self.assertEqual(terminal.getvalue(), "\r" + "x" * 29 + "\x1b[K")
+
     def test_several_seeds_must_agree_in_all_but_the_seed(self):
         out = self.folder()
         small = ["--d-mlp", "20", "--batch-size", "2", "--device", "cpu", "--steps", "2", "--out"]
         self.assertEqual(command(train.main, *small, os.path.join(out, "seed_0000"))[0], 0)
         other = ["--seed", "1", "--lr", "0.01"]
         self.assertEqual(command(train.main, *small, os.path.join(out, "seed_0001"), *other)[0], 0)
-        says = "seed_0001 was not trained with the settings of"
+        says = "belongs to a run with lr 0.01, not 0.0001"
         self.assertRefused(1, says, train.main, "--seeds", "0-1", "--resume", "--device", "cpu", "--out", out)
 
     def test_a_toy_model_of_another_dimension_trains(self):
@@ -898,15 +929,14 @@ class Training(TestCase):
         self.assertEqual(read(path), good)
         config = os.path.join(settings["out"], "config.json")
         good_config = read(config)
-        cut = (good_config[:20], "damaged or is no config")
-        for bad, says in ((b'{"speed": 3}', "no setting 'speed'"), cut):
-            with open(config, "wb") as f:
-                f.write(bad)
-            with self.assertRaisesRegex(ValueError, says):
-                train.open_run({"out": settings["out"]}, resume=True)
-        os.remove(config)  # the checkpoint knows too
-        train.open_run({"out": settings["out"]}, resume=True).release()
-        self.assertEqual(read(config), good_config)
+        for bad in (b'{"speed": 3}', good_config[:20], None):  # the checkpoint knows what it should be
+            if bad is None:
+                os.remove(config)
+            else:
+                with open(config, "wb") as f:
+                    f.write(bad)
+            train.open_run({"out": settings["out"]}, resume=True).release()
+            self.assertEqual(read(config), good_config)
         for bad in (good[: len(good) // 2], b"garbage"):
             with open(path, "wb") as f:
                 f.write(bad)
@@ -922,7 +952,9 @@ class Training(TestCase):
                                 (["--lr", "nan"], "finite"), (["--lr", "-1"], "above 0"),
                                 (["--lr", "0"], "above 0"), (["--weight-decay", "inf"], "at least 0"),
                                 (["--device", "nonsense"], "must be cpu, cuda or cuda:N"),
-                                (["--device", "cuda:99"], "99"),
+                                (["--device", "cuda:99"], "99"), (["--device", "cpu:"], "must be cpu, cuda"),
+                                (["--threads", "99999"], "at most 4096"),
+                                (["--benchmark", "--seeds", "0-1"], "neither --seeds nor --resume"),
                                 (["--dtype", "float16"], "float32, bfloat16"),
                                 (["--n-layers", "0"], "at least 1"), (["--act-fn", "tanh"], "relu, gelu_new"),
                                 (["--task", "nonsense"], "must be one of affine"),

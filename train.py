@@ -27,6 +27,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -37,8 +38,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 import data
-from model import (Config, Transformer, check_settings, load_file, replacing, save_file, save_json, setting,
-                   settings_beside)
+from model import Config, Transformer, check_settings, load_file, replacing, save_file, save_json, setting
 
 FILES = ("config.json", "checkpoint.pt", "weights.pt", "log.csv")
 COLUMNS = ("step", "loss", "eval_mse", "seconds")
@@ -78,12 +78,13 @@ class Options:
     def __post_init__(self):
         check_settings(self)
         data.find_task(self.task)
-        kind, _, index = self.device.partition(":")
-        if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        device = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]*))?", self.device)
+        if not device:
             raise ValueError(f"device must be cpu, cuda or cuda:N, not {self.device!r}")
-        if kind == "cuda" and int(index or 0) >= (found := torch.cuda.device_count()):
-            there = f"torch finds {found} CUDA devices"
-            raise ValueError(f"device {self.device!r} is not there: {there}; use cpu")
+        if self.device != "cpu" and int(device[1] or 0) >= (found := torch.cuda.device_count()):
+            raise ValueError(f"there is no {self.device}: torch finds {found} CUDA devices; use cpu")
+        if self.threads > 4096:
+            raise ValueError(f"threads must be at most 4096, not {self.threads}")
 
 
 def from_settings(settings: dict) -> tuple[Options, Config]:
@@ -95,8 +96,7 @@ def from_settings(settings: dict) -> tuple[Options, Config]:
     options, config = (kind(**{name: settings[name] for name in known & settings.keys()})
                        for kind, known in zip((Options, Config), names))
     if config.n_ctx < data.MAX_LENGTH:
-        least = f"at least {data.MAX_LENGTH}, the longest sequence"
-        raise ValueError(f"n_ctx must be {least}, not {config.n_ctx}")
+        raise ValueError(f"n_ctx must be at least {data.MAX_LENGTH}, the longest sequence")
     return options, config
 
 
@@ -153,12 +153,10 @@ class Run:
             if name != "steps" and begun.get(name, value) != value:
                 raise ValueError(f"{path} belongs to a run with {name} {begun[name]}, not {value}")
         if state["device"] != mine["device"]:
-            there, here = state["device"], mine["device"]
-            streams = f"whose random streams differ from those of {here}"
-            raise ValueError(f"{path} was written on {there}, {streams}: resume with --device {there}")
+            there = state["device"]  # whose random streams differ from those of this device
+            raise ValueError(f"{path} was written on {there}: resume with --device {there}")
         if state["step"] > self.options.steps:
-            there = f"{path} is already at step {state['step']:,}"
-            raise ValueError(f"{there}, beyond --steps {self.options.steps:,}")
+            raise ValueError(f"{path} is at step {state['step']:,}, beyond --steps {self.options.steps:,}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
         self.lengths.set_state(state["lengths"])
@@ -196,8 +194,7 @@ class Run:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            used = f"{self.options.out} is in use by a run that is still alive"
-            raise ValueError(f"{used}: stop it first") from error
+            raise ValueError(f"{self.options.out} is in use by a run: stop that one first") from error
         except OSError:
             pass  # nor has this file system
 
@@ -206,9 +203,8 @@ class Run:
 
     def check(self, value: float, what: str):
         if not math.isfinite(value):
-            which = f"{what} is {value} (seed {self.options.seed})"
-            then = "the last good checkpoint is kept; try a smaller --lr, or without this seed"
-            raise FloatingPointError(f"{which}: {then}")
+            then = "the last checkpoint is kept; try a smaller --lr, or without this seed"
+            raise FloatingPointError(f"{what} is {value} (seed {self.options.seed}): {then}")
 
 
 def adamw(parameters: list[torch.Tensor], options: Options) -> torch.optim.AdamW:
@@ -233,17 +229,16 @@ def is_kept(step: int) -> bool:
 def refuse_existing(out: str):
     """ValueError if the folder `out` holds a run."""
     if there := [name for name in FILES if os.path.exists(os.path.join(out, name))]:
-        instead = "go on with --resume, or choose another folder with --out"
-        raise ValueError(f"{out} already holds a run ({', '.join(there)}): {instead}")
+        raise ValueError(f"{out} already holds a run ({', '.join(there)}): --resume it or give another --out")
 
 
 def open_run(settings: dict, resume: bool) -> Run:
     """A new run in an empty folder, or the one in the folder `settings["out"]`, locked.
 
-    settings: values of Options and Config by name, the others being defaults or, resuming, what config.json
-    says. Raises ValueError for a new run where there is one already, for a folder in use, for a checkpoint
-    that is damaged and for a setting that differs from the run's; FileNotFoundError where there is nothing to
-    resume; OSError for a folder that cannot be written.
+    settings: values of Options and Config by name, the others being defaults or, resuming, what the run was
+    begun with. Raises ValueError for a new run where there is one already, for a folder in use, for a
+    checkpoint that is damaged and for a setting that differs from the run's; FileNotFoundError where there is
+    nothing to resume; OSError for a folder that cannot be written.
     """
     out = settings.get("out", Options.out)
     checkpoint = os.path.join(out, "checkpoint.pt")
@@ -255,10 +250,9 @@ def open_run(settings: dict, resume: bool) -> Run:
         refuse_existing(out)  # nobody has begun one in the meantime
         run.save()  # so that it can be resumed whenever it is killed, and a read-only folder shows now
         return run
-    state = load_file(checkpoint, "checkpoint")
-    run = Run(state.get("settings", {}) | settings_beside(checkpoint) | settings)
+    run = Run(load_file(checkpoint, "checkpoint").get("settings", {}) | settings)
     run.lock()
-    run.load_state(state, checkpoint)
+    run.load_state(load_file(checkpoint, "checkpoint"), checkpoint)  # as it is now that nobody else goes on
     run.save_results()
     return run
 
@@ -279,6 +273,7 @@ class Trainer:
     def __init__(self, runs: list[Run]):
         self.runs, self.options, self.model, self.task = runs, runs[0].options, runs[0].model, runs[0].task
         self.stacked = len(runs) > 1
+        torch.set_float32_matmul_precision("high" if self.options.tf32 else "highest")
         self.parameters, self.optimizer = runs[0].parameters, runs[0].optimizer
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if self.stacked:
@@ -396,19 +391,16 @@ class Trainer:
 # The loop
 
 
-class StopRequest:
-    """Within `with StopRequest() as stop`, Ctrl-C and SIGTERM set `stop.requested` and break nothing off."""
-
-    def __enter__(self):
-        self.requested = False
-        self.previous = {s: signal.signal(s, self.request) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def request(self, *_):
-        self.requested = True
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
+@contextlib.contextmanager
+def interrupts():
+    """Within it, Ctrl-C and SIGTERM break nothing off: they are put into the list that it gives."""
+    came: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda number, _: came.append(number)) for number in signals]
+    try:
+        yield came
+    finally:
+        for number, handler in zip(signals, previous):
             signal.signal(number, handler)
 
 
@@ -420,6 +412,7 @@ class Line:
 
     def show(self, text: str, stay: bool = True):
         if self.live:
+            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be rewritten
             print(f"\r{text}\x1b[K", end="", file=self.stream, flush=True)
         elif stay:
             print(text, file=self.stream, flush=True)
@@ -449,11 +442,11 @@ def progress_text(runs: list[Run], first_step: int, seconds: float, loss: float)
 def train(runs: list[Run]) -> bool:
     """Train runs that are at the same step, as one, until `options.steps`.
 
-    False if they were stopped early (and saved) by Ctrl-C. Raises FloatingPointError, and saves nothing more,
-    as soon as a loss is not finite; OSError where a file cannot be written.
+    False if they were stopped by Ctrl-C, and saved. Raises FloatingPointError, and saves nothing more, as
+    soon as a loss is not finite; OSError where a file cannot be written.
     """
     options, trainer = runs[0].options, Trainer(runs)
-    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    is_row = lambda step: step == options.steps or step % options.eval_every == 0
     if torch.device(options.device).type == "cuda" and not options.no_graphs:
         trainer.capture()
     d_vocab = trainer.model.config.d_vocab
@@ -466,14 +459,13 @@ def train(runs: list[Run]) -> bool:
             run.save_step()
 
     first_step, start = step, clock
-    with StopRequest() as stop, Line(sys.stdout) as line:
+    with interrupts() as came, Line(sys.stdout) as line:
         while step < options.steps and not end:
-            room = min(CHUNK, options.steps - step, options.eval_every - step % options.eval_every)
-            room = next((i for i in range(1, room) if is_kept(step + i)), room)
-            done = 0
-            while done < room and not (done and stop.requested):
-                losses[done] = trainer.train_step()
-                done += 1
+            room = next(i for i in range(1, CHUNK + 1) if i == CHUNK or is_row(step + i) or is_kept(step + i))
+            for done in range(1, room + 1):
+                losses[done - 1] = trainer.train_step()
+                if came:
+                    break
             values = losses[:done].tolist()
             for i, row in enumerate(values):
                 for run, value in zip(runs, row):
@@ -481,21 +473,21 @@ def train(runs: list[Run]) -> bool:
                     run.loss_sum += value
             step += done
 
-            end = step == options.steps or stop.requested
-            new_row = step == options.steps or step % options.eval_every == 0
+            end = step == options.steps or bool(came)
             keep = is_kept(step) and not options.no_steps
             # Many seeds on a slow disk take long to save: never more than a twentieth of the time.
             save = end or time.perf_counter() - saved >= max(SAVE_SECONDS, 20 * cost)
-            if new_row or keep or save:
+            if is_row(step) or keep or save:
                 trainer.write_back()
-            evaluations = [data.evaluate(run.model, held_out, trainer.task.first) if new_row else 0.0
-                           for run in runs]
+            evaluations = []
+            for run in runs if is_row(step) else ():
+                evaluations.append(data.evaluate(run.model, held_out, trainer.task.first))
+                run.check(evaluations[-1], f"the held-out MSE after step {step:,}")
             now = time.perf_counter()
-            for run, eval_mse in zip(runs, evaluations):
-                run.check(eval_mse, f"the held-out MSE after step {step:,}")
+            for i, run in enumerate(runs):
                 run.step, run.loss_count, run.seconds = step, run.loss_count + done, run.seconds + now - clock
-                if new_row:
-                    run.log.append([step, run.loss_sum / run.loss_count, eval_mse, run.seconds])
+                if evaluations:
+                    run.log.append([step, run.loss_sum / run.loss_count, evaluations[i], run.seconds])
                     run.loss_sum, run.loss_count = 0.0, 0
                 if keep:
                     run.save_step()
@@ -506,28 +498,24 @@ def train(runs: list[Run]) -> bool:
                 saved = time.perf_counter()
                 cost = saved - now
             loss = sum(map(sum, values)) / (done * len(runs))
-            line.show(progress_text(runs, first_step, now - start, loss), stay=new_row)
-    return step == options.steps
+            line.show(progress_text(runs, first_step, now - start, loss), stay=is_row(step))
+    return not came
 
 
 def has_begun(settings: dict) -> bool:
     return os.path.exists(os.path.join(settings.get("out", Options.out), "checkpoint.pt"))
 
 
-def train_all(settings: list[dict], resume: bool, recorded: dict) -> bool:
-    """Train runs one after the other on a CPU, all as one on a GPU. False if they were stopped.
-
-    Resuming several starts those that had not begun yet, with the `recorded` settings of one that had. Raises
-    what `open_run` and `train` raise, and ValueError for runs that differ in more than their seeds.
-    """
+def train_all(settings: list[dict], resume: bool) -> bool:
+    """Train runs that differ in their seeds, one after the other on a CPU, all as one on a GPU. False if they
+    were stopped. Resuming several starts those that had not begun yet. Raises what `open_run` and `train`
+    raise."""
     old = [s for s in settings if resume and has_begun(s)]
     new = [s for s in settings if s not in old]
     for s in new:
         refuse_existing(s.get("out", Options.out))  # before any of them writes something
-    runs = [open_run(s, resume=True) for s in old] + [open_run(recorded | s, resume=False) for s in new]
+    runs = [open_run(s, resume=True) for s in old] + [open_run(s, resume=False) for s in new]
     for run in runs:
-        if run.settings | {"seed": 0} != runs[0].settings | {"seed": 0}:
-            raise ValueError(f"{run.options.out} was not trained with the settings of {runs[0].options.out}")
         if run.step:
             print(f"resuming {run.options.out} at step {run.step:,}", flush=True)
     groups = [[run] for run in runs]
@@ -582,7 +570,6 @@ def benchmark(settings: dict, steps: int) -> str:
             multiply()
         return graph.replay
 
-    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     bare = {length: products(length) for length in lengths}
     if cuda and not options.no_graphs:
         trainer.capture()
@@ -684,6 +671,8 @@ def main():
     resume, seeds, bench = (given.pop(name, None) for name in ("resume", "seeds", "benchmark"))
     rank, ranks, local_rank = (int(os.environ.get(name, n))
                                for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if bench and (seeds or resume):
+        parser.error("--benchmark goes with neither --seeds nor --resume: it trains nothing")
     if ranks > 1 and not seeds:
         parser.error("under torchrun give --seeds: a single run is trained by a single process")
     if ranks > 1 and torch.cuda.is_available() and given.get("device", "cuda") == "cuda":
@@ -699,8 +688,8 @@ def main():
     if options.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(options.device).index or 0)
     keep_freed_memory()
-    # Both come before the first parallel work, since threads inherit the denormal mode. Weights of units that
-    # died decay into denormal numbers, with which some processors are slow.
+    # The next two come before the first parallel work, since threads inherit the denormal mode. Weights of
+    # units that died decay into denormal numbers, with which some processors are slow.
     torch.set_flush_denormal(True)
     torch.set_num_threads(options.threads)
     try:
@@ -710,10 +699,16 @@ def main():
         begun = [run for run in runs if has_begun(run)]
         if resume and not begun:
             raise FileNotFoundError(f"nothing to resume in {options.out}: leave out --resume to start")
-        recorded = settings_beside(os.path.join(begun[0]["out"], "checkpoint.pt")) if seeds and resume else {}
-        finished = train_all(runs[rank::ranks], bool(resume), recorded)
+        if resume and seeds:  # as the first that had begun, those that had not too
+            first = load_file(os.path.join(begun[0]["out"], "checkpoint.pt"), "checkpoint")
+            runs = [first.get("settings", {}) | run for run in runs]
+        finished = train_all(runs[rank::ranks], bool(resume))
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        sys.exit(f"{parser.prog}: error: out of memory; try a smaller --batch-size or fewer --seeds")
     except KeyboardInterrupt:
         sys.exit(130)
     if not finished:
