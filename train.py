@@ -538,7 +538,7 @@ def train_all(settings: list[dict], resume: bool) -> bool:
 def benchmark(settings: dict, steps: int) -> str:
     """Where the time of a step goes: a table of medians over rounds of one step of each length.
 
-    The floor, measured in the same rounds, is the bare matrix products of a step, forward and backward, and
+    The floor, measured in the same rounds, is the products with the weight matrices, forward and backward, and
     one pass of AdamW over memory: parameters, gradients and two moments read, all but the gradients written.
     """
     run = Run(settings)
