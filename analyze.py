@@ -1854,8 +1854,9 @@ def figure_seeds(runs: dict[str, dict]):
                 axes.plot(x + at, value, marker=marker, color=color, ms=5, mec="none", ls="")
             axes.plot([x - 0.35, x + 0.35], [group.mean()] * 2, color="black", lw=1)
             axes.plot(x, fresh[label], marker="_", color="0.5", ms=14)
-        labels = [textwrap.fill(label, 36 // max(3, len(values)), break_long_words=False) for label in values]
-        axes.set_xticks(range(len(values)), labels, fontsize=min(6.5, 20 / len(values)))
+        slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(values) > 3 else {}
+        labels = [textwrap.fill(label, 16 if slanted else 12, break_long_words=False) for label in values]
+        axes.set_xticks(range(len(values)), labels, fontsize=6, **slanted)
         axes.set_xlim(-0.6, len(values) - 0.4)
         paper = "" if CLAIMS[name].paper is None else "paper: "
         count = f"{count_verdicts(seeds, name)[0]} of {len(seeds)}"
