@@ -12,7 +12,13 @@ In order: helpers and the Study (a model and the sequences it is studied on); th
 each with its measures, claims and figures; what the model computes (ours); runs compared; the report and the
 command line. A claim is a function from a Study to a Finding under @claim; its docstring is its rule, which
 the report prints. A figure is a function from a Study to a matplotlib figure under @figure. One of your own
-needs nothing else. Circuits are those of the folded model and act from the right: x @ W_V @ W_O.
+needs nothing else than to stand above the command line:
+
+    @figure(28, "norms of the population", tasks="any")
+    def figure_norms(study: Study):
+        canvas, axes = grid(1, 1, 6, 4, "Norm of a_n")
+        axes.plot(study.population.a.norm(dim=-1).T)    # population.a: [1000, 15, 40]
+        return canvas
 """
 
 import ast
@@ -72,7 +78,7 @@ class Finding:
     verdict: str  # "reproduced", "partly" or "not reproduced", by the rule in the claim's docstring
     values: dict[str, float]  # labelled numbers by which runs are compared, lists by head as their mean
     control: dict = field(default_factory=dict)  # {label: number, list or dict}: what it takes to judge them
-    interval: list[float] | None = None  # 95% interval, where the claim is one number
+    interval: list[float] | None = None  # 95% confidence interval, where the claim is one number
 
 
 class Entry(NamedTuple):
@@ -107,9 +113,12 @@ def claim(text: str, paper, figure: int, unit: str, layers: int = 1, tasks: str 
 
 
 def figure(number: int, title: str, layers: int = 1, tasks: str = "affine") -> Callable:
-    """Puts a function figure_NAME(study) -> matplotlib figure into FIGURES; it is drawn to figNN_NAME.png."""
+    """Puts a function figure_NAME(study) -> matplotlib figure into FIGURES; it is drawn to figNN_NAME.png.
+    ValueError for a number that is taken."""
 
     def register(draw: Callable) -> Callable:
+        if number in FIGURES:
+            raise ValueError(f"figure {number} is already: {FIGURES[number].text}")
         FIGURES[number] = Entry(draw, title, layers, tasks)
         return draw
 
@@ -731,7 +740,7 @@ def random_vectors(study: Study) -> Tensor:
     return torch.randn(shape, generator=study.generator("random vectors"))
 
 
-def copied(study: Study, resid: Tensor) -> tuple[Tensor, Tensor]:
+def read_and_written(study: Study, resid: Tensor) -> tuple[Tensor, Tensor]:
     """What layer 0's heads read and what all of them would write, between data vectors: residual stream
     vectors [..., d_model] -> their data coordinates x W_E^+ and ln1(x) OV W_U, each [..., d_vocab]."""
     model = study.model
@@ -757,13 +766,13 @@ def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         return tuple(part.where(large, torch.nan) for part in fit_line(vectors, written))
 
     def layer_0_adds(x: Tensor, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Unembedded, against a_{n-1}, for n >= 2."""
+        """Unembedded, without ln_final, against a_{n-1}, for n >= 2."""
         return fit_large(x[:, 1:-1], (kept["blocks.0.hook_resid_post"] @ model.unembed.W_U)[:, 2:])
 
     mixed = torch.stack([vectors.roll(p, 0) for p, vectors in enumerate(a.unbind(1))], 1)
-    written = copied(study, resid)[1]
+    written = read_and_written(study, resid)[1]
     fits = {"data vectors": fit_large(a, written), "data vectors of any norm": fit_line(a, written),
-            "random vectors": fit_line(*copied(study, random_vectors(study))),
+            "random vectors": fit_line(*read_and_written(study, random_vectors(study))),
             "weights alone, without ln1 and position": fit_line(a, a @ full_ov_circuit(model, 0).sum(0)),
             "d_model coordinates": fit_line(resid, resid @ ov.sum(0)),
             "all of layer 0": layer_0_adds(a, study.activations),
@@ -801,12 +810,12 @@ def claim_l0_ov_intercept(study: Study) -> Finding:
     tenth in 95% of the vectors; partly if so on average. (In d_model coordinates it is 0 by construction on a
     folded model.)"""
     intercept = ov_fits(study)["data vectors"][1]
-    written = copied(study, study.activations["blocks.0.hook_resid_pre"])[1][~intercept.isnan()]
+    written = read_and_written(study, study.activations["blocks.0.hook_resid_pre"])[1][~intercept.isnan()]
     intercept = intercept / written.pow(2).mean().sqrt()
     measured, (widest,) = intercept.nanmedian(), quantiles(intercept.abs(), 0.95)
     how = verdict(widest <= 0.1, intercept.abs().nanmean() <= 0.1)
-    values, found = {"median": measured, "95% within": widest}, interval(intercept, of=torch.nanmedian)
-    return Finding(measured, how, values, interval=found)
+    values, ci = {"median": measured, "95% within": widest}, interval(intercept, of=torch.nanmedian)
+    return Finding(measured, how, values, interval=ci)
 
 
 @claim("the same R^2 on random vectors, lower", 0.598, 10, "R^2", tasks="any")
@@ -817,8 +826,8 @@ def claim_l0_ov_r2_random(study: Study) -> Finding:
     r2, resid = (ov_fits(study)[name][2] for name in ("random vectors", "data vectors"))
     measured, resid = r2.median(), resid.nanmedian()
     lower, visible = resid - measured >= 0.1, measured >= 0.25
-    values, found = {"random vectors": measured, "residual stream": resid}, interval(r2, of=torch.median)
-    return Finding(measured, verdict(lower and visible, lower or visible), values, interval=found)
+    values, ci = {"random vectors": measured, "residual stream": resid}, interval(r2, of=torch.median)
+    return Finding(measured, verdict(lower and visible, lower or visible), values, interval=ci)
 
 
 @claim("share of the norm of layer 0's OV x outside the span of W_E", 0.8415, 9, "share of the norm",
@@ -852,11 +861,12 @@ def scatter_fit(axes, x: Tensor, y: Tensor, title: str, xlabel: str, ylabel: str
 
 @figure(8, "OV of layer 0 on residual stream vectors", tasks="any")
 def figure_ov_layer_0_resid(study: Study):
+    """One vector in two readings, and below the lines of all vectors in the first of them, see `ov_fits`."""
     position = MAX_LENGTH - 1
     batch = int(study.population.a[:, position].norm(dim=-1).argmax())  # the longest vector: a clear example
     resid = study.activations["blocks.0.hook_resid_pre"][batch, position]
     canvas, panels = grid(2, 2, 9, 6.6, "OV of layer 0 on residual stream vectors, heads summed")
-    scatter_fit(panels[0, 0], study.population.a[batch, position], copied(study, resid)[1],
+    scatter_fit(panels[0, 0], study.population.a[batch, position], read_and_written(study, resid)[1],
                 "one vector, between data vectors", "$a_d$", "$(\\ln_1(x)\\;OV\\;W_U)_d$")
     scatter_fit(panels[0, 1], resid, resid @ ov_circuit(study.model, 0).sum(0),
                 f"without $\\ln_1$, in the {len(resid)} coordinates that the paper names", "$x_d$",
@@ -889,7 +899,7 @@ def figure_ov_layer_0_sum(study: Study):
 @figure(10, "OV of layer 0 on a random vector", tasks="any")
 def figure_ov_layer_0_random(study: Study):
     canvas, panels = grid(1, 2, 10, 3.8, "OV of layer 0 (heads summed) on a random vector")
-    scatter_fit(panels[0], *copied(study, random_vectors(study)[0, 0]),
+    scatter_fit(panels[0], *read_and_written(study, random_vectors(study)[0, 0]),
                 "one Gaussian vector, between data coordinates", "$(x\\,W_E^+)_d$",
                 "$(\\ln_1(x)\\;OV\\;W_U)_d$")
     for name, color, paper in (("random vectors", OTHER, 0.598), ("data vectors", TRUTH, 0.83)):
@@ -1041,7 +1051,7 @@ def figure_qk_layer_2(study: Study):
 
 
 def lens(study: Study, hook: str) -> Tensor:
-    """Residual stream at a hook point, unembedded as if it were the last (logit lens)."""
+    """Residual stream at a hook point, unembedded with ln_final, as if it were the last (logit lens)."""
     return study.model.run_from(len(study.layers), study.activations[hook])
 
 
@@ -1056,11 +1066,11 @@ def claim_lens_after_l0(study: Study) -> Finding:
     coefficients, linear = regress(*neighbours(study.population.a))
     (factor,), rescaled = regress(target[:, FIRST_POSITION:], after[:, FIRST_POSITION:])
     explained = lambda left, nothing: 1 - ratio(left, nothing)
-    measured, found = explained(left, nothing), interval(left, nothing, of=explained)
+    measured, ci = explained(left, nothing), interval(left, nothing, of=explained)
     values = {"as it is": measured, "rescaled": rescaled, "best linear": linear}
     control = {"coefficients of the best linear predictor": coefficients, "the best constant": factor,
                "the model": explained(squared_errors(study.activations["output"], target), nothing)}
-    return Finding(measured, verdict(measured >= 0.9 * linear, rescaled >= 0.5), values, control, found)
+    return Finding(measured, verdict(measured >= 0.9 * linear, rescaled >= 0.5), values, control, ci)
 
 
 @figure(14, "residual stream after layer 0 against the true output")
@@ -1209,8 +1219,8 @@ def claim_alpha(study: Study) -> Finding:
     values = {"alpha": measured, "free: a_n": after["a_n"], "free: a_n-1": after["a_n-1"]}
     control = {"after layer 0": after, "after layer 0's attention": fits(middle),
                "the true next vector: the best fixed linear predictor": fits(truth)}
-    found = interval(((y - a_n) * before).sum((1, 2)), (before**2).sum((1, 2)), of=ratio)
-    return Finding(measured, how, values, control, found)
+    ci = interval(((y - a_n) * before).sum((1, 2)), (before**2).sum((1, 2)), of=ratio)
+    return Finding(measured, how, values, control, ci)
 
 
 @figure(17, "before and after layer 0, a_n + 2.3 a_{n-1}, and the truth")
@@ -1313,8 +1323,8 @@ def claim_two_steps(study: Study) -> Finding:
         control[f"A / c^2 at position 3 of {inputs} inputs, c = 1.5 and -1.5"] = early
     how = verdict(worst <= 0.15, worst <= 0.3)
     both_signs = (each[0] + each[0].flip(1))[:, : len(each[0][0]) // 2, 5:] / 2
-    found = interval(both_signs.flatten(0, 1))  # over sequences and |c|: those of c and -c are alike
-    return Finding(values["A / c^2"], how, values, control, found)
+    ci = interval(both_signs.flatten(0, 1))  # over sequences and |c|: those of c and -c are alike
+    return Finding(values["A / c^2"], how, values, control, ci)
 
 
 @claim("the weights for c and -c are the same: the model uses |c|, not c", None, 22, "ratio")
@@ -1468,8 +1478,8 @@ def claim_gain_control(study: Study) -> Finding:
     control["each head of layer 1: goes"] = [shares[f"head 1.{h}"][0] for h in study.heads]
     arms = ablations(study)["layer 1 heads"]
     left, damage = (arms[kind] - study.baseline for kind in ("mean, clean scale", "mean"))
-    found = interval(left, damage, of=lambda left, damage: 1 - ratio(left, damage))
-    return Finding(goes, verdict(gain and max(others) < 0.5, gain), values, control, found)
+    ci = interval(left, damage, of=lambda left, damage: 1 - ratio(left, damage))
+    return Finding(goes, verdict(gain and max(others) < 0.5, gain), values, control, ci)
 
 
 @figure(24, "layer 1 as a gain control (ours)", layers=2)
@@ -1702,8 +1712,8 @@ def claim_interleaved(study: Study) -> Finding:
     control = {f"|c| 1.2 to 2, {kind}": shares for kind, shares in found.items()}
     control |= {f"|c| 0.9 to 1.2, {kind}": shares for kind, shares in near_1.items()}
     how, each = verdict(follows and fails, follows), errors["interleaved"]
-    found = interval(each["model"], each["zero"], of=ratio)
-    return Finding(model["interleaved"], how, values, control, found)
+    ci = interval(each["model"], each["zero"], of=ratio)
+    return Finding(model["interleaved"], how, values, control, ci)
 
 
 @claim("where the two-step rule errs the model errs alike", None, 21, "share of the model's squared error")

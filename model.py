@@ -284,11 +284,12 @@ class Transformer(nn.Module):
 def fold(transformer: Transformer) -> Transformer:
     """A new model with the same outputs, in which every circuit can be read off the weights (section 4.1).
 
-    LayerNorm weights and biases go into the matrices that read the normalised vector, value biases into b_O.
-    A normalised vector has mean 0 over d_model, so the mean of a reading matrix over d_model has no effect
-    and is removed; a LayerNorm ignores the mean of what it reads, so the mean of what is written to the
-    residual stream is removed as well. Leaves ln.w = 1, ln.b = 0 and b_V = 0. TransformerLens' center_unembed
-    is left out on purpose: it changes every output by a constant, which only a softmax would ignore.
+    LayerNorm weights and biases go into the matrices that read the normalised vector and their biases, value
+    biases then into b_O. A normalised vector has mean 0 over d_model, so the mean of a reading matrix over
+    d_model has no effect and is removed; a LayerNorm ignores the mean of what it reads, so the mean of what
+    is written to the residual stream is removed as well. Leaves ln.w = 1, ln.b = 0 and b_V = 0.
+    TransformerLens' center_unembed is left out on purpose: it changes every output by a constant, which only
+    a softmax would ignore.
     """
     model = copy.deepcopy(transformer)
 

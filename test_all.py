@@ -1728,7 +1728,8 @@ class Analysis(TestCase):
         code = analyze.code_of_numbers()
         self.assertTrue("def claim_mse(" in code and "def figure_loss(" not in code)
         code = hashlib.sha256(code.encode()).hexdigest()
-        self.assertEqual((results["meta"]["sha256"], results["meta"]["code"]), (sha, code))
+        made_from = (results["meta"]["sha256"], results["meta"]["code"])
+        self.assertEqual(made_from, (sha, code), "run python analyze.py --all")
         self.assertEqual(list(results["claims"]), list(analyze.CLAIMS))
         for name, found in results["claims"].items():
             claim = analyze.CLAIMS[name]
@@ -1807,6 +1808,8 @@ class Analysis(TestCase):
     def test_list_names_every_figure_and_claim(self):
         status, out, _ = command(analyze.main, "--list")
         self.assertEqual((status, len(out.splitlines())), (0, len(analyze.FIGURES) + len(analyze.CLAIMS)))
+        with self.assertRaisesRegex(ValueError, "figure 2 is already: loss against step"):
+            analyze.figure(2, "another")(len)
         for name, claim in analyze.CLAIMS.items():  # its figure is drawn wherever it is measured
             shown = analyze.FIGURES[claim.figure]
             self.assertTrue(shown.layers <= claim.layers and shown.tasks in ("any", claim.tasks), name)

@@ -290,7 +290,7 @@ class Trainer:
                 yield value, [run.optimizer.state[p][name] for run, p in zip(self.runs, single)]
 
     def sample(self, length: int) -> torch.Tensor:
-        """A batch of sequences, [batch, length + 1, d_vocab], or [runs, batch, length + 1, d_vocab]."""
+        """A batch as data.sample draws it, [batch, length + 1, d_vocab], of a stack [runs, batch, ...]."""
         size, d_vocab, task = self.options.batch_size, self.model.config.d_vocab, self.options.task
         batches = [data.sample(size, length, run.sequences, d_vocab, task=task).a for run in self.runs]
         return torch.stack(batches) if self.stacked else batches[0]
@@ -538,8 +538,9 @@ def train_all(settings: list[dict], resume: bool) -> bool:
 def benchmark(settings: dict, steps: int) -> str:
     """Where the time of a step goes: a table of medians over rounds of one step of each length.
 
-    The floor, measured in the same rounds, is the products with the weight matrices, forward and backward, and
-    one pass of AdamW over memory: parameters, gradients and two moments read, all but the gradients written.
+    The floor, measured in the same rounds, is the products with the weight matrices, forward and backward,
+    and one pass of AdamW over memory: parameters, gradients and two moments read, all but the gradients
+    written.
     """
     run = Run(settings)
     trainer, options, config = Trainer([run]), run.options, run.model.config
