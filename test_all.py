@@ -937,6 +937,10 @@ class Training(TestCase):
                     f.write(bad)
             train.open_run({"out": settings["out"]}, resume=True).release()
             self.assertEqual(read(config), good_config)
+        train.open_run({"out": settings["out"], "steps": 77}, resume=True).release()
+        longer = train.open_run({"out": settings["out"]}, resume=True)  # knows, even if it is killed at once
+        longer.release()
+        self.assertEqual(longer.options.steps, 77)
         for bad in (good[: len(good) // 2], b"garbage"):
             with open(path, "wb") as f:
                 f.write(bad)

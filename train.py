@@ -167,9 +167,6 @@ class Run:
     def save(self):
         """Write checkpoint.pt, then what follows from it, which resuming would write again after a kill."""
         save_file(self.state(), self.path("checkpoint.pt"))
-        self.save_results()
-
-    def save_results(self):
         save_json(self.settings, self.path("config.json"))
         save_file(self.weights(), self.path("weights.pt"))
         rows = [f"{step},{loss:.8g},{eval_mse:.8g},{seconds:.1f}"
@@ -253,7 +250,7 @@ def open_run(settings: dict, resume: bool) -> Run:
     run = Run(load_file(checkpoint, "checkpoint").get("settings", {}) | settings)
     run.lock()
     run.load_state(load_file(checkpoint, "checkpoint"), checkpoint)  # as it is now that nobody else goes on
-    run.save_results()
+    run.save()  # with the settings that it goes on with
     return run
 
 
