@@ -895,7 +895,7 @@ class Training(TestCase):
         self.assertEqual(command(train.main, *small, os.path.join(out, "seed_0000"))[0], 0)
         other = ["--seed", "1", "--lr", "0.01"]
         self.assertEqual(command(train.main, *small, os.path.join(out, "seed_0001"), *other)[0], 0)
-        says = "belongs to a run with lr 0.01, not 0.0001"
+        says = "seed_0001 was not trained with the settings of"
         self.assertRefused(1, says, train.main, "--seeds", "0-1", "--resume", "--device", "cpu", "--out", out)
 
     def test_a_toy_model_of_another_dimension_trains(self):
@@ -929,14 +929,16 @@ class Training(TestCase):
         self.assertEqual(read(path), good)
         config = os.path.join(settings["out"], "config.json")
         good_config = read(config)
-        for bad in (b'{"speed": 3}', good_config[:20], None):  # the checkpoint knows what it should be
-            if bad is None:
-                os.remove(config)
-            else:
-                with open(config, "wb") as f:
-                    f.write(bad)
-            train.open_run({"out": settings["out"]}, resume=True).release()
-            self.assertEqual(read(config), good_config)
+        for bad, says in ((b'{"speed": 3}', "no setting 'speed'"), (b'{"lr": 3}', "lr 0.0001, not 3"),
+                          (good_config[:20], "damaged or is no config")):
+            with open(config, "wb") as f:
+                f.write(bad)
+            with self.assertRaisesRegex(ValueError, says):
+                train.open_run({"out": settings["out"]}, resume=True)
+            self.assertEqual(read(config), bad)
+        os.remove(config)  # the checkpoint knows too
+        train.open_run({"out": settings["out"]}, resume=True).release()
+        self.assertEqual(read(config), good_config)
         train.open_run({"out": settings["out"], "steps": 77}, resume=True).release()
         longer = train.open_run({"out": settings["out"]}, resume=True)  # knows, even if it is killed at once
         longer.release()

@@ -38,7 +38,8 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 import data
-from model import Config, Transformer, check_settings, load_file, replacing, save_file, save_json, setting
+from model import (Config, Transformer, check_settings, load_file, replacing, save_file, save_json, setting,
+                   settings_beside)
 
 FILES = ("config.json", "checkpoint.pt", "weights.pt", "log.csv")
 COLUMNS = ("step", "loss", "eval_mse", "seconds")
@@ -232,8 +233,8 @@ def refuse_existing(out: str):
 def open_run(settings: dict, resume: bool) -> Run:
     """A new run in an empty folder, or the one in the folder `settings["out"]`, locked.
 
-    settings: values of Options and Config by name, the others being defaults or, resuming, what the run was
-    begun with. Raises ValueError for a new run where there is one already, for a folder in use, for a
+    settings: values of Options and Config by name, the others being defaults or, resuming, what config.json
+    says. Raises ValueError for a new run where there is one already, for a folder in use, for a
     checkpoint that is damaged and for a setting that differs from the run's; FileNotFoundError where there is
     nothing to resume; OSError for a folder that cannot be written.
     """
@@ -247,7 +248,8 @@ def open_run(settings: dict, resume: bool) -> Run:
         refuse_existing(out)  # nobody has begun one in the meantime
         run.save()  # so that it can be resumed whenever it is killed, and a read-only folder shows now
         return run
-    run = Run(load_file(checkpoint, "checkpoint").get("settings", {}) | settings)
+    begun = load_file(checkpoint, "checkpoint").get("settings", {}) | settings_beside(checkpoint)
+    run = Run(begun | settings)
     run.lock()
     run.load_state(load_file(checkpoint, "checkpoint"), checkpoint)  # as it is now that nobody else goes on
     run.save()  # with the settings that it goes on with
@@ -511,7 +513,11 @@ def train_all(settings: list[dict], resume: bool) -> bool:
     new = [s for s in settings if s not in old]
     for s in new:
         refuse_existing(s.get("out", Options.out))  # before any of them writes something
-    runs = [open_run(s, resume=True) for s in old] + [open_run(s, resume=False) for s in new]
+    runs = [open_run(s, resume=True) for s in old]
+    for run in runs:
+        if run.settings | {"seed": 0} != runs[0].settings | {"seed": 0}:
+            raise ValueError(f"{run.options.out} was not trained with the settings of {runs[0].options.out}")
+    runs += [open_run(s, resume=False) for s in new]
     for run in runs:
         if run.step:
             print(f"resuming {run.options.out} at step {run.step:,}", flush=True)
@@ -697,9 +703,9 @@ def main():
         begun = [run for run in runs if has_begun(run)]
         if resume and not begun:
             raise FileNotFoundError(f"nothing to resume in {options.out}: leave out --resume to start")
-        if resume and seeds:  # as the first that had begun, those that had not too
+        if resume and seeds:  # those that had not begun are trained as the first that had
             first = load_file(os.path.join(begun[0]["out"], "checkpoint.pt"), "checkpoint")
-            runs = [first.get("settings", {}) | run for run in runs]
+            runs = [run if run in begun else first.get("settings", {}) | run for run in runs]
         finished = train_all(runs[rank::ranks], bool(resume))
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
