@@ -154,6 +154,21 @@ def mse(prediction: Tensor, target: Tensor, first: int = FIRST_POSITION) -> Tens
     return F.mse_loss(prediction[..., first:, :], target[..., first:, :])
 
 
+def neighbours(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a_{n+1}, a_n and a_{n-1} for n = 2 .., of sequences a: [batch, pos - 2, d_vocab] each."""
+    return a[:, FIRST_POSITION + 1 :], a[:, FIRST_POSITION:-1], a[:, FIRST_POSITION - 1 : -2]
+
+
+def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """The MSE of each sequence, [batch, pos, d_vocab] -> [batch]."""
+    return ((prediction - target)[:, FIRST_POSITION:] ** 2).mean((1, 2))
+
+
+def explained(prediction: Tensor, target: Tensor) -> float:
+    """1 - |prediction - target|^2 / |target|^2 over all elements."""
+    return 1 - ((prediction - target) ** 2).sum().item() / (target**2).sum().item()
+
+
 @torch.no_grad()
 def evaluate(model, samples: list[Sample], first: int = FIRST_POSITION) -> float:
     """Held-out MSE: the mean over lengths of the MSE at each length, so that every length counts the same."""
