@@ -1,0 +1,606 @@
+"""What the model computes: 27 numbers in the place of 3.2 million, beside the best fixed linear filter.
+
+    python -m beyond.mechanism --all                    # on the weights that ship, into beyond/figures/
+    python -m beyond.mechanism --fig 22                 # one figure; --list names them
+    python -m beyond.mechanism --all --run runs/paper   # another run, into runs/paper/figures
+
+The command also measures and draws what stands in gain.py. The article is beyond/README.md. Data coordinates
+are those of model.data_ov_circuit; the weight of source s at position n is the factor on a_s in the
+prediction of a_{n+1}.
+"""
+
+import os
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import analyze
+import data
+import interventions
+from analyze import (LAYER_COLORS, LENS, MODEL, OTHER, SCALE, TRUTH, Catalogue, Finding, Study, grid, heat,
+                     identity_cosine, pick, regress, verdict)
+from data import FIRST_POSITION, MAX_LENGTH, explained
+from model import Transformer, data_basis, data_ov_circuit
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+FITTED = 2000  # sequences of each length on which the filter is fitted
+TESTED = 300  # and on which it is tested, beside the model
+OF_A_KIND = 200  # sequences of each kind on which the scalar transformer is compared with the model
+SHUFFLES = 40  # permutations of the traces
+PER_C = 2  # sequences for each c at which source weights are read
+SIZES = (0.3, 0.6, 0.9, 1.1, 1.3, 1.5, 1.75, 2.0)  # |c| at which they are read
+PREDICTORS = {"model": ("model", {"color": MODEL, "marker": ".", "lw": 2}),
+              "filter": ("best fixed linear filter", {"color": OTHER, "marker": "."}),
+              "scalar transformer": ("scalar transformer, 27 numbers", {"color": LENS, "ls": ":"}),
+              "solver": ("exact solver (below $10^{-6}$, cut there)", {"color": "0.6"})}
+
+OURS = Catalogue()
+claim, figure = OURS.claim, OURS.figure
+
+
+# ---------- The best fixed filter ----------
+@functools.cache
+def fixed_filter(d_vocab: int = data.D_VOCAB) -> Tensor:
+    """The best fixed linear filter: prediction_n = sum over s <= n of K[n, s] a_s, [14, 14], float64.
+
+    Least squares on the training distribution, for each position n all lengths in which it occurs. It sees
+    neither the model nor, as it is fixed, c. Rows 0 and 1, where nothing is determined, stay 0.
+    """
+    generator = torch.Generator().manual_seed(1)
+    grams = torch.zeros(MAX_LENGTH + 1, MAX_LENGTH + 1, dtype=torch.double)  # sums of <a_s, a_t>, lengths > n
+    filters = torch.zeros(MAX_LENGTH, MAX_LENGTH, dtype=torch.double)
+    for length in range(MAX_LENGTH, FIRST_POSITION, -1):
+        a = data.sample(FITTED, length, generator, d_vocab, dtype=torch.double).a
+        grams[: length + 1, : length + 1] += torch.einsum("bsv,btv->st", a, a)
+        n = length - 1
+        filters[n, : n + 1] = torch.linalg.solve(grams[: n + 1, : n + 1], grams[: n + 1, n + 1])
+    return filters
+
+
+def filtered(x: Tensor) -> Tensor:
+    """The filter's prediction at each position, [batch, pos, d_vocab] -> the same."""
+    positions = x.shape[1]
+    return (fixed_filter(x.shape[-1])[:positions, :positions] @ x.double()).to(x)
+
+
+@functools.cache
+def errors(study: Study) -> dict[str, Tensor]:
+    """Squared errors, mean over d_vocab, of the PREDICTORS on new sequences of the training distribution, one
+    entry a sequence and position from 2 on; and its "position" and "c"."""
+    seed, d_vocab = study.generator("mechanism").initial_seed(), study.model.config.d_vocab
+    count, columns = max(2, TESTED * study.size // analyze.POPULATION), []
+    for sample in data.held_out(count, seed, d_vocab=d_vocab):
+        x, target = sample.a[:, :-1], sample.a[:, 1:]
+        cache, solved = look(study, x), F.pad(data.solve_recurrence(x), (0, 0, FIRST_POSITION, 0))
+        predictions = (cache["output"], filtered(x), scalar_transformer(cache, *scalars(study), x), solved)
+        position = torch.arange(x.shape[1]).expand(count, -1)
+        entries = [(p - target).pow(2).mean(-1) for p in predictions]
+        entries += [position, sample.c[:, None].expand_as(position)]
+        columns.append([part[:, FIRST_POSITION:].flatten() for part in entries])
+    return dict(zip((*PREDICTORS, "position", "c"), (torch.cat(column) for column in zip(*columns))))
+
+
+def by_position(study: Study, predictor: str) -> Tensor:
+    """MSE at the positions 2 .. 13."""
+    found, positions = errors(study), range(FIRST_POSITION, MAX_LENGTH)
+    return torch.stack([found[predictor][found["position"] == n].mean() for n in positions])
+
+
+@claim("early the model beats the best fixed filter, late the filter beats the model", None, 20)
+def claim_fixed_filter(study: Study) -> Finding:
+    """MSE by position over the training distribution. The model's is at most half of the filter's at each of
+    the positions 2 to 6, where it must infer something, and at least twice the filter's at 12 and 13; partly
+    if only the first. Measured: filter / model by position."""
+    model, fixed = by_position(study, "model"), by_position(study, "filter")
+    early, late = (model[:5] <= fixed[:5] / 2).all(), (model[-2:] >= 2 * fixed[-2:]).all()
+    values = {f"{name}, positions 2 to 13": by_position(study, name) for name in PREDICTORS}
+    values |= {f"{name}, all": errors(study)[name].mean() for name in PREDICTORS}
+    K = fixed_filter(study.model.config.d_vocab)
+    values |= {f"coefficients at {n}, a_n first": K[n, : n + 1].flip(0) for n in (6, 10)}
+    return Finding(fixed / model, verdict(early and late, early), values)
+
+
+def draw_errors(axes, study: Study):
+    for name, (label, look) in PREDICTORS.items():
+        y = by_position(study, name).clamp_min(1e-6)
+        axes.semilogy(range(FIRST_POSITION, MAX_LENGTH), y, label=label, **look)
+    axes.set(xlabel="position n, at which $a_{n+1}$ is predicted", ylabel="mean squared error")
+
+
+@figure(20, "errors by position and by c, beside the fixed filter and the scalar transformer")
+def figure_errors(study: Study):
+    canvas, panels = grid(1, 2, 10.5, 4, "Error on new training sequences of all lengths")
+    found, edges = errors(study), np.arange(-2, 2, 0.25)
+    draw_errors(panels[0], study)
+    for name, (_, look) in PREDICTORS.items():
+        means = [found[name][(found["c"] >= edge) & (found["c"] < edge + 0.25)].mean() for edge in edges]
+        panels[1].semilogy(edges + 0.125, torch.stack(means).clamp_min(1e-6), **look)
+    panels[1].set(xlabel="c, in ranges of 0.25", ylabel="mean squared error")
+    canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return canvas
+
+
+# ---------- Source weights, read off the model ----------
+# A predictor that commutes with rotations is prediction_n = sum over s <= n of w_s a_s, its weights functions
+# of inner products only. Moving one a_s by a small v orthogonal to the plane of the sequence changes no inner
+# product to first order: the prediction moves by w_s v.
+
+
+def off_plane(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random unit vectors orthogonal to all vectors of each sequence x [batch, pos, d_vocab]: [batch,
+    d_vocab]. The sequences must span less than d_vocab dimensions; an affine recurrence spans two."""
+    projection = torch.linalg.pinv(x, rtol=1e-6) @ x  # [batch, d_vocab, d_vocab]
+    v = torch.randn(len(x), x.shape[-1], generator=generator, dtype=x.dtype)
+    return F.normalize(v - torch.einsum("bv,bvw->bw", v, projection), dim=-1)
+
+
+def source_weights(predict: Callable, x: Tensor, v: Tensor) -> Tensor:
+    """w_s = <v, d prediction_n / d a_s . v>, one forward-mode derivative for each source s.
+
+    predict: [batch, pos, d_vocab] -> the same; x in float64; v [batch, d_vocab] from `off_plane`. Returns
+    [batch, dest, src].
+    """
+    moves = torch.eye(x.shape[1], dtype=x.dtype)[:, None, :, None] * v[:, None]  # [src, batch, pos, d_vocab]
+    moved = torch.vmap(lambda move: torch.func.jvp(predict, (x,), (move,))[1])(moves)
+    return torch.einsum("sbpv,bv->bps", moved, v)
+
+
+def strides(w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """A / c^2 and B / c, what a prediction takes from the sources at odd and at even distance n - s, as
+    shares of what is right: with a_s = a* + c^s u it holds (A c^{n-1} + B c^n) u, and c^{n+1} u is right. w
+    [..., dest, src], c [...] -> [..., dest] each."""
+    n = torch.arange(w.shape[-1], dtype=w.dtype)
+    parts = w * c[..., None, None] ** (n - n[:, None] - 1)
+    odd = (n[:, None] - n) % 2 == 1
+    return (parts * odd).sum(-1), (parts * ~odd).sum(-1)
+
+
+class Weights(NamedTuple):
+    """Of sequences of 14 inputs for each c, PER_C each; c and -c get the same a_0 and d."""
+
+    c: Tensor  # [c]: -2 .. 2
+    model: Tensor  # [c, sequence, dest, src]: source weights
+    scalar: Tensor  # the scalar transformer's own
+    ln1: Tensor  # [c, sequence, pos]: layer 0's ln1 scale
+    final: Tensor  # [c, sequence, pos]: ln_final's
+    explained: Tensor  # [c]: share of the output, from position 2 on, that sum_s w_s a_s explains
+
+
+@functools.cache
+def read_weights(study: Study) -> Weights:
+    exact, d_vocab, rows = copy.deepcopy(study.model).double(), study.model.config.d_vocab, []
+    cs = sorted([*SIZES, *(-size for size in SIZES)])
+    for c in cs:
+        g = study.generator(f"weights {abs(c)}")
+        x = data.sample(PER_C, MAX_LENGTH, g, d_vocab, (c, c), dtype=torch.double).a[:, :-1]
+        w, output, cache = source_weights(exact, x, off_plane(x, g)), exact(x), look(study, x.float())
+        share = explained((w @ x)[:, FIRST_POSITION:], output[:, FIRST_POSITION:])
+        scales = [cache[name][..., 0] for name in ("blocks.0.ln1.hook_scale", SCALE)]
+        rows.append((w, source_factors(cache, *scalars(study)), *scales, torch.tensor(share)))
+    return Weights(torch.tensor(cs, dtype=torch.double), *(torch.stack(column) for column in zip(*rows)))
+
+
+@claim("the output is sum_s w_s a_s, with weights read off the model", None, 23)
+def claim_source_weights(study: Study) -> Finding:
+    """1 - |output - sum_s w_s a_s|^2 / |output|^2 over positions 2 to 13, by c. At least 0.95 at every |c| up
+    to 1.5; partly at least 0.8."""
+    weights = read_weights(study)
+    usual = weights.explained[weights.c.abs() <= 1.5]
+    values = {"c": weights.c, "lowest, |c| up to 1.5": usual.min()}
+    return Finding(weights.explained, verdict(usual.min() >= 0.95, usual.min() >= 0.8), values)
+
+
+@claim("two steps at once, blind to the sign of c: what a fixed filter does too", None, 23)
+def claim_parity(study: Study) -> Finding:
+    """A / c^2 and B / c (see `strides`), |c| from 0.9 to 2, both signs, positions 5 to 13. The mean of |A / c^2
+    - 1| and of |B / c| at most 0.15, for the filter and for the model; partly for the filter alone. A rule of
+    one step has A = 0 and B / c = 1. Measured: the model's mean A / c^2 and B / c."""
+    weights, K = read_weights(study), fixed_filter(study.model.config.d_vocab)
+    strong = weights.c.abs() >= 0.9
+    c, w = weights.c[strong], weights.model.mean(1)[strong]  # [c, dest, src]
+    passes, values = {}, {}
+    for name, w in {"model": w, "filter": K.expand(len(c), -1, -1)}.items():
+        A, B = (part[:, 5:] for part in strides(w, c))
+        off = [(A - 1).abs().mean(), B.abs().mean()]
+        values |= {f"{name}: mean A / c^2, B / c": [A.mean(), B.mean()], f"{name}: off by": off}
+        passes[name] = max(off) <= 0.15
+    for kind, first in (("two growths", 4), ("interleaved", 4), ("noise 0.01", MAX_LENGTH - 1)):
+        x, target = kinds(study)[kind]
+        left = [1 - explained(p[:, first:], target[:, first:]) for p in (study.model(x), filtered(x))]
+        values[f"unexplained, {kind}, from position {first} on: model, filter"] = left
+    how = verdict(all(passes.values()), passes["filter"])
+    return Finding(values["model: mean A / c^2, B / c"], how, values)
+
+
+@figure(23, "the weight of each source against c: model, filter, scalar transformer")
+def figure_source_weights(study: Study):
+    title = "The prediction at n is $\\Sigma_s\\,w_s\\,a_s$: the weights, against c"
+    canvas, panels = grid(1, 2, 10.5, 4.4, title, shared=True)
+    weights, K = read_weights(study), fixed_filter(study.model.config.d_vocab)
+    for axes, n in zip(panels, (6, 10)):
+        for s, color, label in ((n - 1, MODEL, "$a_{n-1}$"), (n, TRUTH, "$a_n$"), (n - 3, LENS, "$a_{n-3}$")):
+            axes.plot(weights.c, weights.model.mean(1)[:, n, s], ".-", color=color, label=f"{label}, model")
+            axes.plot(weights.c, weights.scalar.mean(1)[:, n, s], ":", color=color, label="scalar transformer")
+            axes.axhline(K[n, s], color=color, lw=0.8, ls="--", label="filter")
+        axes.axhline(0, color="0.8", zorder=0)
+        axes.set(title=f"position n = {n}", xlabel="c", ylim=(-6, 6.5))
+    panels[0].set_ylabel("weight $w_s$")
+    canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return canvas
+
+
+# ---------- The scalar transformer ----------
+def look(study: Study, x: Tensor) -> dict[str, Tensor]:
+    """What the scalar transformer takes from the model on inputs x: patterns and LayerNorm scales; and the
+    output."""
+    names = [SCALE]
+    for l in study.layers:
+        names += [f"blocks.{l}.{name}" for name in ("attn.hook_pattern", "ln1.hook_scale", "ln2.hook_scale")]
+    return study.record(x, *names)
+
+
+def traces(model: Transformer) -> Tensor:
+    """kappa, [n_layers, n_heads]: the multiple of I that each head's OV between data coordinates is nearest
+    to, trace / d_vocab."""
+    ov = torch.stack([data_ov_circuit(model, l) for l in range(model.config.n_layers)])
+    return ov.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+@functools.cache
+def scalars(study: Study) -> tuple[Tensor, Tensor]:
+    """The numbers that stand for the weights: kappa [n_layers, n_heads] and, for each MLP, the slope of what
+    it writes on what it reads, both in W_U's coordinates and less their mean at the position, n >= 2."""
+    W_U, slopes = study.model.unembed.W_U, []
+    for read, written in mlp_data(study):
+        slopes.append(regress(written, read)[0][0])
+    return traces(study.model), torch.tensor(slopes)
+
+
+@functools.cache
+def mlp_data(study: Study) -> list[tuple[Tensor, Tensor]]:
+    """What each MLP reads and writes on the population, in W_U's coordinates, less the mean at the position,
+    [size, pos - 2, d_vocab] each."""
+    pairs = []
+    for l in study.layers:
+        names = (f"blocks.{l}.ln2.hook_normalized", f"blocks.{l}.hook_mlp_out")
+        kept = study.record(study.population.a[:, :-1], *names)
+        read, written = (kept[name][:, FIRST_POSITION:] @ study.model.unembed.W_U for name in names)
+        pairs.append((read - read.mean(0), written - written.mean(0)))
+    return pairs
+
+
+def source_factors(cache: dict[str, Tensor], kappa: Tensor, slopes: Tensor) -> Tensor:
+    """C / ln_final's scale, [batch, dest, src]: the factor with which position n holds a_s, when each head
+    moves data by its kappa and each MLP multiplies it, with the patterns and scales in `cache`."""
+    held = 0.0
+    for l in range(len(kappa)):
+        pattern = cache[f"blocks.{l}.attn.hook_pattern"]  # [batch, head, dest, src]
+        ln1, ln2 = cache[f"blocks.{l}.ln1.hook_scale"], cache[f"blocks.{l}.ln2.hook_scale"]  # [batch, pos, 1]
+        moved = torch.einsum("h,bhqk->bqk", kappa[l], pattern)
+        if l == 0:
+            held = moved / ln1.transpose(1, 2)  # what comes in is read once, by layer 0
+        else:
+            held = held + moved @ (held / ln1)
+        held = held + slopes[l] * held / ln2
+    return held / cache[SCALE]
+
+
+def scalar_transformer(cache: dict[str, Tensor], kappa: Tensor, slopes: Tensor, x: Tensor) -> Tensor:
+    """Predictions [batch, pos, d_vocab] of the 27 numbers on inputs x."""
+    return source_factors(cache, kappa, slopes) @ x
+
+
+KINDS = ("recurrences", "4 inputs", "|c| 2.5 to 3", "two growths", "noise 0.1", "white noise")
+ERRS = KINDS[2:]  # those on which the model errs: on the others the truth predicts it as well
+
+
+@functools.cache
+def kinds(study: Study) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sequences of each kind: inputs and what would be right, [batch, pos, d_vocab] each."""
+    count, d_vocab = min(OF_A_KIND, study.size), study.model.config.d_vocab
+    g, n = study.generator("kinds"), torch.arange(MAX_LENGTH + 1)
+    uniform = functools.partial(data.uniform, g)
+    sample = functools.partial(data.sample, count, generator=g, d_vocab=d_vocab)
+    plain, wild = sample(MAX_LENGTH).a, sample(MAX_LENGTH, c_range=(2.5, 3)).a
+    found = {"recurrences": plain, "4 inputs": sample(4).a, "|c| 2.5 to 3": wild}
+    sign = 1 - 2 * (torch.arange(count) % 2)
+    c = uniform(1.2, 2, count, 2) * torch.stack([sign, -sign], 1)  # of opposite signs
+    fixed, u, other_u = (uniform(-2, 2, count, 1, d_vocab) for _ in range(3))
+    one, other = (c[:, :, None] ** n)[..., None].unbind(1)  # powers, [batch, pos, 1] each
+    even = (n % 2 == 0)[:, None]
+    built = {"two growths": fixed + torch.where(even, one, other) * u,
+             "interleaved": fixed + one * torch.where(even, u, other_u),
+             "white noise": torch.randn(count, MAX_LENGTH + 1, d_vocab, generator=g)}
+    found |= {kind: data.normalise(a, uniform(1, 2, count))[0] for kind, a in built.items()}
+    pairs = {kind: (a[:, :-1], a[:, 1:]) for kind, a in found.items()}
+    for size in (0.1, 0.01):
+        noise = size * torch.randn(count, MAX_LENGTH, d_vocab, generator=g)
+        pairs[f"noise {size}"] = (plain[:, :-1] + noise, plain[:, 1:])
+    return pairs
+
+
+@functools.cache
+def mean_looks(study: Study, length: int) -> dict[str, Tensor]:
+    """Means of what the scalar transformer takes, and of its factors ("factors"), over new recurrences of as
+    many inputs."""
+    d_vocab = study.model.config.d_vocab
+    x = data.sample(min(500, study.size), length, study.generator(f"mean {length}"), d_vocab).a[:, :-1]
+    cache = look(study, x)
+    means = {name: value.mean(0, keepdim=True) for name, value in cache.items()}
+    return means | {"factors": source_factors(cache, *scalars(study)).mean(0)}
+
+
+def predictions(study: Study, kind: str) -> dict[str, Tensor]:
+    """On one kind, what the 27 numbers predict, and predictors that know less or something else, {name:
+    [batch, pos, d_vocab]}; "shuffled" [permutation, batch, pos, d_vocab]."""
+    x, truth = kinds(study)[kind]
+    cache, (kappa, slopes), means = look(study, x), scalars(study), mean_looks(study, x.shape[1])
+    predict, g = functools.partial(scalar_transformer, cache, slopes=slopes, x=x), study.generator("shuffles")
+    patterns = {name: value.expand(len(x), -1, -1, -1) for name, value in means.items() if "pattern" in name}
+    constant, output = means["factors"] @ x, cache["output"]
+    free = (constant * output).sum((0, 2)) / constant.pow(2).sum((0, 2))  # [pos]
+    found = {"scalar transformer": predict(kappa), "the truth": truth,
+             "mean trace": predict(kappa.mean(1, keepdim=True).expand_as(kappa)),
+             "mean patterns": scalar_transformer(cache | patterns, kappa, slopes, x),
+             "constant weights": constant, "constant weights, free factors": free[:, None] * constant,
+             "fixed filter": filtered(x)}
+    layers = torch.arange(len(kappa))[:, None]
+    found |= {f"without layer {l}": predict(torch.where(layers == l, 0.0, kappa)) for l in study.layers[1:]}
+    orders = torch.rand(SHUFFLES, *kappa.shape, generator=g).argsort(-1)
+    return found | {"shuffled": torch.stack([predict(kappa.gather(1, order)) for order in orders])}
+
+
+@functools.cache
+def scores(study: Study, kind: str) -> dict[str, list[float]]:
+    """[share of the model's output, share of its error] that each of `predictions` explains, positions 4 and
+    later (of 4 inputs 2 and 3); "shuffled": mean and standard deviation of the first; "model": the share of
+    the truth that it leaves unexplained."""
+    x, truth = kinds(study)[kind]
+    first = 4 if x.shape[1] > 4 else FIRST_POSITION
+    output, truth = look(study, x)["output"][:, first:], truth[:, first:]
+    found = {"model": [1 - explained(output, truth)]}
+    for name, p in predictions(study, kind).items():
+        p = p[..., first:, :]
+        if name == "shuffled":
+            shares = torch.tensor([explained(each, output) for each in p])
+            found[name] = [shares.mean().item(), shares.std().item()]
+        else:
+            error = (p - output).pow(2).sum() / (output - truth).pow(2).sum()
+            found[name] = [explained(p, output), 1 - error.item()]
+    return found
+
+
+LESS = ("the truth", "mean trace", "constant weights", "constant weights, free factors", "fixed filter")
+
+
+@claim("27 numbers predict the model, above all where it errs", None, 22, 3)
+def claim_scalar_transformer(study: Study) -> Finding:
+    """Of the model's output explained, 1 - |p - model|^2 / |model|^2, at least 0.97, and of its error, 1 - |p
+    - model|^2 / |model - truth|^2, at least 0.9. A kind on which the model errs (|c| from 2.5 to 3, two
+    growths, noise of 0.1, white noise) is evidence if the scalar transformer passes both and nothing that
+    knows less does (the truth, the mean trace of each layer, constant weights with and without free factors,
+    the fixed filter), and traces shuffled within their layer leave at least four times as much of the output,
+    as a mean. Reproduced with at least three such kinds, white noise among them; partly with white noise.
+    Measured: of the output on white noise."""
+    values, evidence = {}, []
+    for kind in KINDS:
+        found = scores(study, kind)
+        output, error = found["scalar transformer"]
+        values |= {f"{kind}: of the output": output, f"{kind}: of the error": error,
+                   f"{kind}: the model leaves unexplained": found["model"][0],
+                   f"{kind}: shuffled, mean and standard deviation": found["shuffled"]}
+        rivals = {name: both for name, both in found.items() if len(both) == 2 and name not in ("shuffled",)}
+        passing = [name for name, (output, error) in rivals.items() if output >= 0.97 and error >= 0.9]
+        values |= {f"{kind}: {name}, of the output, of the error": both for name, both in rivals.items()}
+        shuffled = 1 - found["shuffled"][0] >= 4 * (1 - output)
+        if kind in ERRS and "scalar transformer" in passing and shuffled and not set(passing) & set(LESS):
+            evidence.append(kind)
+    kappa, slopes = scalars(study)
+    ov = torch.stack([identity_cosine(data_ov_circuit(study.model, l)) for l in study.layers])
+    mlps = [regress(written, read)[1] for read, written in mlp_data(study)]
+    values |= {"kinds that are evidence": ", ".join(evidence), "kappa": kappa, "slopes of the MLPs": slopes,
+               "cosine of each OV with I": ov, "share of each MLP that its slope explains": mlps, **put_in(study)}
+    how = verdict("white noise" in evidence and len(evidence) >= 3, "white noise" in evidence)
+    return Finding(values["white noise: of the output"], how, values)
+
+
+@figure(21, "the 27 numbers, and maps that they stand for")
+def figure_numbers(study: Study):
+    canvas, panels = grid(2, 4, 11, 5.6, "27 numbers, and some of the 40 x 40 maps that they stand for")
+    draw_numbers(panels[0, 0], study)
+    panels[0, 1].bar(study.layers, scalars(study)[1], color=LAYER_COLORS[: len(study.layers)])
+    panels[0, 1].set(title="slope of each MLP", xlabel="layer", xticks=list(study.layers), ylabel="factor")
+    largest = scalars(study)[0].abs().argmax(1).tolist()
+    for axes, (l, head) in zip(panels.flat[2:], [*enumerate(largest), *((l, 0) for l in study.layers)]):
+        matrix = data_ov_circuit(study.model, l)[head]
+        title = f"head {l}.{head}: cosine with I {identity_cosine(matrix):.2f}"
+        heat(axes, matrix, title, matrix.abs().max(), bar="weight")
+        axes.set(xticks=[], yticks=[], aspect="equal")
+    return canvas
+
+
+def draw_numbers(axes, study: Study):
+    """A bar a head, coloured by layer."""
+    kappa, _ = scalars(study)
+    for l in study.layers:
+        x = len(study.heads) * l + np.arange(len(study.heads))
+        axes.bar(x, kappa[l], color=LAYER_COLORS[l % 3], label=f"layer {l}")
+    axes.axhline(0, color="0.5", lw=0.8)
+    axes.set(title="$\\kappa$ of each head", xlabel="heads by layer", xticks=[], ylabel="factor")
+    axes.legend()
+
+
+def draw_dots(axes, study: Study, kind: str):
+    """The scalar transformer's prediction against the model's, a dot a component."""
+    x, _ = kinds(study)[kind]
+    cache = look(study, x)
+    p, first = scalar_transformer(cache, *scalars(study), x), 4 if x.shape[1] > 4 else FIRST_POSITION
+    model = cache["output"][::10, first:].flatten()
+    axes.scatter(model, p[::10, first:].flatten(), s=2, lw=0, color=LENS)
+    ends = [model.min(), model.max()]
+    axes.plot(ends, ends, color="0.5", lw=0.8, zorder=0)
+    axes.set(xlabel="model", ylabel="scalar transformer")
+
+
+@figure(22, "the scalar transformer against the model, kind by kind", 3)
+def figure_scalar_transformer(study: Study):
+    canvas, panels = grid(2, 5, 14, 6, "27 numbers against the model on six kinds of sequences, a dot a component, and "
+                          "what other predictors explain of its output")
+    names = ["scalar transformer", "the truth", "shuffled", *LESS[1:], "without layer 1", "without layer 2",
+             "mean patterns"]
+    bars = (("recurrences", "4 inputs"), ("two growths", "white noise"))
+    for row, kinds_of_row in enumerate((KINDS[:3], KINDS[3:])):
+        for axes, kind in zip(panels[row], kinds_of_row):
+            output, error = scores(study, kind)["scalar transformer"]
+            draw_dots(axes, study, kind)
+            axes.set_title(f"{kind}: {output:.3f} of the output,\n{error:.3f} of the error")
+        for axes, kind in zip(panels[row, 3:], bars[row]):
+            shares = [max(scores(study, kind)[name][0], 0) for name in names]
+            axes.barh(names, shares, color=[LENS] + ["0.7"] * (len(names) - 1))
+            axes.invert_yaxis()
+            axes.set(title=kind, xlim=(0, 1), xlabel="of the output (below 0: no bar)")
+        panels[row, 4].set_yticks([])
+    return canvas
+
+
+# ---------- The same put into the real model ----------
+def put_scalars(study: Study, layer: int, kappa: Tensor, mlp: bool = False) -> dict[str, interventions.Hook]:
+    """Hooks that make every head of a layer move data by kappa [n_heads] times I, and nothing else different:
+    hook_attn_out gets the difference, in what W_U reads. With `mlp` that layer's MLP multiplies data by its
+    slope, about its mean at the position. All that comes later reacts."""
+    model, kept, block = study.model, {}, f"blocks.{layer}"
+    W_U = model.unembed.W_U
+    W_U_inverse = torch.linalg.pinv(W_U)
+    read = torch.linalg.pinv(data_basis(model, layer)) if layer == 0 else W_U  # [d_model, d_vocab]
+    change = kappa[:, None, None] * torch.eye(len(W_U_inverse)) - data_ov_circuit(model, layer)
+    names = [f"{block}.ln1.hook_normalized", f"{block}.attn.hook_pattern", f"{block}.ln2.hook_normalized"]
+
+    def heads(out: Tensor) -> Tensor:
+        moved = torch.einsum("bhqk,bkv,hvw->bqw", kept[names[1]], kept[names[0]] @ read, change)
+        return out + moved @ W_U_inverse
+
+    def multiply(out: Tensor) -> Tensor:
+        wanted = scalars(study)[1][layer] * kept[names[2]] @ W_U
+        return out + (wanted - wanted.mean(0) - out @ W_U + (out @ W_U).mean(0)) @ W_U_inverse
+
+    hooks = {f"{block}.hook_attn_out": heads} | ({f"{block}.hook_mlp_out": multiply} if mlp else {})
+    return interventions.join(interventions.record(names, kept), hooks)
+
+
+@functools.cache
+def put_in(study: Study) -> dict[str, list[Tensor]]:
+    """MSE, relative to the unchanged model's, on sequences of 4, 8 and 14 inputs with the scalars of one layer
+    in the place of its heads, beside kappa = 0 and kappa shuffled; and with MLP 0's too."""
+    d_vocab, found = study.model.config.d_vocab, {}
+    kappa, _ = scalars(study)
+    g = study.generator("put in")
+    for length in (4, 8, 14):
+        a = data.sample(min(OF_A_KIND, study.size), length, g, d_vocab).a
+        x, target = a[:, :-1], a[:, 1:]
+        clean = data.mse(study.model(x), target)
+        for l in study.layers:
+            order = torch.randperm(len(kappa[l]), generator=g)
+            arms = {"kappa": put_scalars(study, l, kappa[l]), "0": put_scalars(study, l, 0 * kappa[l]),
+                    "shuffled": put_scalars(study, l, kappa[l][order])}
+            if l == 0:
+                arms["kappa, and MLP 0"] = put_scalars(study, l, kappa[l], mlp=True)
+            for arm, hooks in arms.items():
+                times = data.mse(study.model(x, hooks=hooks), target) / clean
+                found.setdefault(f"put in, layer {l}, {arm}: times the MSE", []).append(times)
+    return found
+
+
+# ---------- A worked forward pass ----------
+def worked_pass(cache: dict[str, Tensor], kappa: Tensor, slopes: Tensor, n: int) -> dict[str, Tensor]:
+    """What position n of one sequence holds of each source after every step of `source_factors`, {step:
+    [n + 1]}."""
+    layers, rows = torch.arange(len(kappa)), {}
+    for l in range(len(kappa)):
+        heads = torch.where(layers[:, None] <= l, kappa, 0.0)
+        for step, mlps in ((f"layer {l}'s heads", layers < l), (f"MLP {l}", layers <= l)):
+            rows[f"after {step}"] = (source_factors(cache, heads, slopes * mlps) * cache[SCALE])[0, n]
+    return rows | {"divided by ln_final": source_factors(cache, kappa, slopes)[0, n]}
+
+
+@figure(24, "a worked forward pass: what one position holds of each vector", 3)
+def figure_worked_pass(study: Study):
+    i, n = pick(study.test, -1.2), 8
+    x, truth = study.test.a[i : i + 1, : n + 1], study.test.a[i, n + 1]
+    cache, kept = look(study, x), {}
+    rows, model = worked_pass(cache, *scalars(study), n), cache["output"][0, n]
+    canvas, panels = grid(1, 2, 11, 4.4, f"One prediction, step by step: c = {study.test.c[i]:.2f}, position n = {n}",
+                          width_ratios=[1.9, 1])
+    matrix = torch.stack(list(rows.values()))
+    ablate = interventions.replace_outputs(interventions.mean_outputs(study.activations),
+                                           interventions.layer_heads(study.model, 1))
+    cut = {name: lambda z, hook=hook: hook(F.pad(z, (0, 0, 0, 0, 0, MAX_LENGTH - n - 1)))[:, : n + 1]
+           for name, hook in ablate.items()}
+    study.model(x, hooks=interventions.join(cut, interventions.record([SCALE], kept)))
+    divided = (f"ln1 divides $a_{{{n - 1}}}$ by {cache['blocks.0.ln1.hook_scale'][0, n - 1, 0]:.3f}; ln2 by "
+               f"{cache['blocks.0.ln2.hook_scale'][0, n, 0]:.3f}; ln_final by {cache[SCALE][0, n, 0]:.2f}, with layer 1's "
+               f"heads at their mean {kept[SCALE][0, n, 0]:.2f}")
+    heat(panels[0], matrix, f"factor on each source that position {n} holds\n{divided}", matrix.abs().max(),
+         "source s", bar="factor")
+    panels[0].set_yticks(range(len(rows)), rows)
+    for (row, s), value in np.ndenumerate(matrix.numpy() if matrix.numel() > 64 else np.empty((0, 0))):
+        panels[0].text(s, row, f"{value:.2f}", ha="center", va="center", fontsize=7)
+    ours = rows["divided by ln_final"] @ x[0]
+    panels[1].scatter(model, ours, s=12, color=LENS, label="scalar transformer")
+    panels[1].scatter(model, truth, s=12, color=TRUTH, label="the truth")
+    panels[1].plot([model.min(), model.max()], [model.min(), model.max()], color="0.5", lw=0.8, zorder=0)
+    panels[1].set(xlabel="model's prediction, a dot a dimension", title=f"{explained(ours, model):.1%} of the output")
+    panels[1].legend()
+    return canvas
+
+
+# ---------- The README's picture ----------
+@figure(19, "the README's picture", 3)
+def figure_summary(study: Study):
+    canvas, panels = grid(1, 3, 12, 4, "A transformer that continues affine recurrences $a_{n+1} = c\\,a_n + d$ in "
+                          "$\\mathbf{R}^{40}$, and 27 numbers that do what it does")
+    i = pick(study.test, -1.1)
+    a, output = study.test.a[i], study.model(study.test.a[i : i + 1, :-1])[0]
+    moving = a.std(0).argsort(descending=True)[:2].tolist()
+    for dimension, color in zip(moving, (TRUTH, OTHER)):
+        panels[0].plot(a[:, dimension], color=color, marker="o", ms=5, mfc="none", label=f"dimension {dimension}")
+        panels[0].plot(range(3, MAX_LENGTH + 1), output[2:, dimension], "x", color=MODEL)
+    panels[0].plot([], [], "x", color=MODEL, label="the model's prediction")
+    panels[0].axhline(0, color="0.9", zorder=0)
+    panels[0].set(title=f"a sequence, c = {study.test.c[i]:.2f}, two of 40 dimensions", xlabel="n",
+                  ylabel="component of $a_n$")
+    panels[0].legend(loc="upper left")
+    draw_errors(panels[1], study)
+    panels[1].set_title("error by position, 12 lengths of sequences")
+    panels[1].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 0.12))
+    draw_dots(panels[2], study, "white noise")
+    output, error = scores(study, "white noise")["scalar transformer"]
+    panels[2].set_title(f"on white noise, which is no recurrence:\n{output:.1%} of the model's output")
+    inset = panels[2].inset_axes([0.58, 0.12, 0.4, 0.3])
+    draw_numbers(inset, study)
+    inset.get_legend().remove()
+    inset.set(title="24 of the 27: a bar a head", xlabel="", ylabel="", yticks=[])
+    inset.title.set_fontsize(7)
+    return canvas
+
+
+def main():
+    import beyond.gain  # enters its claims and figures beside these
+
+    assert beyond.gain
+    analyze.run_command(OURS, __doc__, "mechanism", os.path.join(HERE, "figures"))
+
+
+if __name__ == "__main__":
+    from beyond.mechanism import main  # gain.py imports that module too, not this copy of it
+
+    main()
