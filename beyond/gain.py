@@ -16,17 +16,15 @@ import data
 import interventions
 from analyze import (LENS, MODEL, OTHER, SCALE, TRUTH, Finding, Study, grid, heat, interval,
                      squared_errors, verdict)
-from beyond.mechanism import claim, figure, look, read_weights
+from beyond.mechanism import OF_A_KIND, claim, figure, look, read_weights, scalars, source_factors
 from data import FIRST_POSITION, MAX_LENGTH
-from model import ov_circuit, qk_circuit
+from model import data_basis, data_ov_circuit, ov_circuit, qk_circuit
 
 FEW = 200  # test sequences for ablations
 SIZE_BINS = np.arange(0, 2, 0.25)  # ranges of |c|, their lower ends
 
 
 # ---------- The gain ----------
-
-
 @functools.cache
 def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
     """MSE of test sequences with all heads or the MLP of a layer mean-ablated, {"layer 1 heads": {kind:
@@ -69,9 +67,11 @@ def claim_gain_control(study: Study) -> Finding:
     are below 0.5; partly if so for layer 1 only."""
     shares, times = {}, {}
     for part, arms in ablations(study).items():
-        clean, ablated, held, alone = (arms[kind].mean() for kind in ("clean", "ablated", "clean scale", "scale alone"))
-        shares[part] = [(ablated - held) / (ablated - clean), (alone - clean) / (ablated - clean)]
-        times[part] = [ablated / clean, held / clean]
+        mse = {kind: errors.mean() for kind, errors in arms.items()}
+        damage = mse["ablated"] - mse["clean"]
+        mended, alone = mse["ablated"] - mse["clean scale"], mse["scale alone"] - mse["clean"]
+        shares[part] = [mended / damage, alone / damage]
+        times[part] = [mse["ablated"] / mse["clean"], mse["clean scale"] / mse["clean"]]
     goes, back = shares["layer 1 heads"]
     gain, others = goes >= 0.8 and back >= 0.5, [max(shares[f"layer {l} heads"]) for l in (0, 2)]
     values = {f"{part}: goes, comes back": both for part, both in shares.items()}
@@ -98,8 +98,9 @@ def figure_gain(study: Study):
              "clean scale": ("the same, with ln_final's clean scale", OTHER, "-"),
              "scale alone": ("clean, with the ablated scale", MODEL, "--")}
     for kind, (label, color, line) in looks.items():
-        panels[0].semilogy(SIZE_BINS + 0.125, by_size(c, arms[kind]) / power, line, marker=".", color=color, label=label)
-    panels[0].set(title="the damage, and what mends it", xlabel="|c|", ylabel="unexplained share of $a_{n+1}$")
+        share = by_size(c, arms[kind]) / power
+        panels[0].semilogy(SIZE_BINS + 0.125, share, line, marker=".", color=color, label=label)
+    panels[0].set(title="the damage, and what mends it", xlabel="|c|", ylabel="unexplained share")
     panels[0].legend(fontsize=7)
     scale = by_size(study.population.c, study.activations[SCALE][..., 0])  # [8, pos]
     for n, color in zip((3, 6, 9, 12), ("#440154", "#31688e", "#35b779", "#b8a800")):
@@ -123,7 +124,7 @@ def figure_gain(study: Study):
 @functools.cache
 def main_directions(study: Study, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """How what a layer's heads write varies over the population: its mean at each position [pos, d_model],
-    the principal directions [d_model, d_model], the first one first, and the share of the variance of each."""
+    the principal directions [d_model, d_model], the first one first, and their shares of the variance."""
     written = study.activations[f"blocks.{layer}.hook_attn_out"]
     mean = written.mean(0)
     varying = (written - mean).flatten(0, 1).double()
@@ -185,7 +186,8 @@ def favourite_source(study: Study) -> int:
     return int(study.activations["blocks.1.attn.hook_pattern"][:, :, 4:].mean((0, 1, 2)).argmax())
 
 
-def follows(study: Study, names: list[str], positions: list[int], resized: list[int], low: tuple, high: tuple):
+def follows(study: Study, names: list[str], positions: list[int], resized: list[int], low: tuple,
+            high: tuple) -> list[float]:
     """Share of the change of ln_final's log scale that follows a patch, for sequences with |c| in the range
     `low` given something of those in `high`, and the other way round; mean over positions 4 to 13.
 
@@ -217,8 +219,7 @@ def knob_shares(study: Study, ranges: str) -> dict[str, list[float]]:
     patches = {"all that its heads read": ([L1_Z], list(range(MAX_LENGTH)), [])}
     patches |= {f"key and value of position {s}": (both, [s], []) for s in sorted({0, 1, 2, 3, 4, favourite})}
     patches |= {"key and value of positions 5 to 13": (both, [s for s in last if s != favourite], []),
-                f"the sizes of $a_0$ to $a_{favourite}$, at {favourite}":
-                    (both, [favourite], list(range(favourite + 1)))}
+                f"sizes of $a_0$ to $a_{favourite}$ there": (both, [favourite], list(range(favourite + 1)))}
     return {name: follows(study, *patch, *RANGES[ranges]) for name, patch in patches.items()}
 
 
@@ -230,21 +231,69 @@ def claim_knob(study: Study) -> Finding:
     the sizes of the vectors up to it, seen through it alone. Partly if only the first. Measured: the sizes.
     How far it holds between slow and fast growth, where c^2 varies, is among the values."""
     s, shares = favourite_source(study), knob_shares(study, "decaying and growing")
-    read, (size, *_) = shares[f"key and value of position {s}"], [v for k, v in shares.items() if "sizes" in k]
-    rivals = [v for k, v in shares.items() if k.startswith("key") and not k.endswith(f" {s}")]
+    own = f"key and value of position {s}"
+    read, size = shares[own], shares[f"sizes of $a_0$ to $a_{s}$ there"]
+    rivals = [both for name, both in shares.items() if name.startswith("key") and name != own]
     first = all(read[i] >= max(0.5, *(rival[i] for rival in rivals)) for i in (0, 1))
     values = {"favourite position": s}
     for ranges in RANGES:
-        values |= {f"{ranges}: {name.replace('$', '')}": both for name, both in knob_shares(study, ranges).items()}
-        whole = knob_shares(study, ranges)["all that its heads read"]
-        part = [v for k, v in knob_shares(study, ranges).items() if "sizes" in k][0]
-        values[f"{ranges}: sizes, of what all that the heads read does"] = [a / b for a, b in zip(part, whole)]
-    return Finding(size, verdict(first and min(size) >= 0.5, first), values | left(study))
+        shares = knob_shares(study, ranges)
+        values |= {f"{ranges}: {name.replace('$', '')}": both for name, both in shares.items()}
+        pairs = zip(shares[f"sizes of $a_0$ to $a_{s}$ there"], shares["all that its heads read"])
+        values[f"{ranges}: sizes, share of all that the heads read"] = [part / whole for part, whole in pairs]
+    return Finding(size, verdict(first and min(size) >= 0.5, first), values | left(study) | put_in(study))
+
+
+# ---------- The scalars put into the real model ----------
+def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict[str, interventions.Hook]:
+    """Hooks that make every head of a layer move data by kappa [n_heads] times I: hook_attn_out gets the
+    difference, in what W_U reads, and all that comes later reacts."""
+    model, kept, W_U = study.model, {}, study.model.unembed.W_U
+    read = torch.linalg.pinv(data_basis(model, layer))  # [d_model, d_vocab]; from layer 1 on this is W_U
+    change = kappa[:, None, None] * torch.eye(W_U.shape[1]) - data_ov_circuit(model, layer)
+    names = [f"blocks.{layer}.ln1.hook_normalized", f"blocks.{layer}.attn.hook_pattern"]
+
+    def heads(out: Tensor) -> Tensor:
+        moved = torch.einsum("bhqk,bkv,hvw->bqw", kept[names[1]], kept[names[0]] @ read, change)
+        return out + moved @ torch.linalg.pinv(W_U)
+
+    return interventions.join(interventions.record(names, kept), {f"blocks.{layer}.hook_attn_out": heads})
+
+
+def put_layer_0(study: Study, x: Tensor) -> dict[str, interventions.Hook]:
+    """A hook that gives the stream after layer 0, heads and MLP, the data that the scalars put there, in what
+    W_U reads and but for the mean at the position."""
+    cache, (kappa, slopes), W_U = look(study, x), scalars(study), study.model.unembed.W_U
+    held = source_factors(cache, kappa[:1], slopes[:1]) * cache[SCALE] @ x
+
+    def replace(resid: Tensor) -> Tensor:
+        off = held - resid @ W_U
+        return resid + (off - off.mean(0)) @ torch.linalg.pinv(W_U)
+
+    return {"blocks.0.hook_resid_post": replace}
+
+
+@functools.cache
+def put_in(study: Study) -> dict[str, list[Tensor]]:
+    """MSE, relative to the unchanged model's, on sequences of 4, 8 and 14 inputs with the scalars in the place
+    of a layer's heads, beside kappa = 0 and kappa shuffled; and of layer 0 as a whole."""
+    found, kappa, g = {}, scalars(study)[0], study.generator("put in")
+    for length in (4, 8, 14):
+        a = data.sample(min(OF_A_KIND, study.size), length, g, study.model.config.d_vocab).a
+        x, target = a[:, :-1], a[:, 1:]
+        arms = {"layer 0 as a whole": put_layer_0(study, x)}
+        for l in study.layers:
+            order = torch.randperm(len(kappa[l]), generator=g)
+            for name, numbers in {"": kappa[l], ", 0": 0 * kappa[l], ", shuffled": kappa[l][order]}.items():
+                arms[f"layer {l}'s heads{name}"] = put_scalars(study, l, numbers)
+        clean = data.mse(study.model(x), target)
+        for arm, hooks in arms.items():
+            times = data.mse(study.model(x, hooks=hooks), target) / clean
+            found.setdefault(f"put in, times the MSE: {arm}", []).append(times)
+    return found
 
 
 # ---------- What is left ----------
-
-
 def predicted_by_sizes(study: Study, values: Tensor, test: Tensor) -> float:
     """Share of the variance of activations [batch, pos, ...] over sequences that a linear function of the log
     norms of the vectors so far predicts on other sequences, positions 2 and later."""
@@ -267,7 +316,8 @@ def left(study: Study) -> dict[str, object]:
     found = {}
     for name in population:
         if name.endswith("hook_scale"):
-            found[f"sizes predict {name}"] = predicted_by_sizes(study, population[name].log(), test[name].log())
+            logs = (population[name].log(), test[name].log())
+            found[f"sizes predict {name}"] = predicted_by_sizes(study, *logs)
         elif name.endswith("pattern"):
             rows = [cache[name].transpose(1, 2) for cache in (population, test)]  # [batch, dest, head, src]
             found[f"sizes predict {name}"] = predicted_by_sizes(study, *rows)
@@ -281,8 +331,8 @@ def left(study: Study) -> dict[str, object]:
 
 
 def composition(study: Study) -> dict[str, Tensor]:
-    """Composition scores of layer 0's heads with the Q, K and V sides of the heads of layers 1 and 2, mean over
-    these, less what an untrained model has, {side: [head of layer 0, layer 1 or 2]} (Elhage et al., 2021)."""
+    """Composition scores (Elhage et al., 2021) of layer 0's heads with the Q, K and V sides of the heads of
+    layers 1 and 2, mean over these, less an untrained model's, {side: [head of layer 0, layer 1 or 2]}."""
 
     def raw(model) -> Tensor:  # [side, layer, head of layer 0]
         ov, sides = ov_circuit(model, 0)[:, None], []
@@ -300,21 +350,20 @@ def composition(study: Study) -> dict[str, Tensor]:
 
 @figure(26, "what turns the knob, and what is left", 3)
 def figure_knob(study: Study):
-    canvas, panels = grid(1, 3, 12, 4.4, "What turns the knob, and who steers the attention of layers 1 and 2",
-                          width_ratios=[1.3, 1, 1])
+    title = "What turns the knob, and who steers the attention of layers 1 and 2"
+    canvas, panels = grid(1, 3, 12, 4.4, title, width_ratios=[1.3, 1, 1])
     shares = knob_shares(study, "decaying and growing")
     y = np.arange(len(shares))
-    for i, (label, color) in enumerate((("decaying, given of growing", LENS), ("growing, given of decaying", TRUTH))):
-        panels[0].barh(y + 0.4 * i, [share[i] for share in shares.values()], 0.38, color=color, label=label)
+    for i, (label, color) in enumerate((("decaying, given growth", LENS), ("growing, given decay", TRUTH))):
+        panels[0].barh(y + 0.4 * i, [both[i] for both in shares.values()], 0.38, color=color, label=label)
     panels[0].set_yticks(y + 0.2, list(shares))
     panels[0].invert_yaxis()
     panels[0].axvline(1, color="0.7", lw=0.8)
-    panels[0].set(xlabel="share of the change of the log scale that follows", title="layer 1 is given, of others:")
+    panels[0].set(xlabel="share of the change of the log scale", title="layer 1 is given of others:")
     panels[0].legend(fontsize=7)
-    predicted = {name: value for name, value in left(study).items() if "hook" in name}
-    names = [name.removeprefix("sizes predict ").replace("blocks.", "layer ").replace(".hook_", " ").replace(".attn", "")
-             for name in predicted]
-    panels[1].barh(names, [max(value, 0) for value in predicted.values()], color=OTHER)
+    predicted = {name.split()[-1]: max(value, 0) for name, value in left(study).items() if "hook" in name}
+    names = [name.replace("blocks.", "").replace("hook_", "").replace("attn.", "") for name in predicted]
+    panels[1].barh(names, predicted.values(), color=OTHER)
     panels[1].invert_yaxis()
     panels[1].set(xlim=(0, 1), xlabel="share of the variance", title="predicted by sizes alone")
     scores = composition(study)

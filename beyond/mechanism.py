@@ -4,9 +4,8 @@
     python -m beyond.mechanism --fig 22                 # one figure; --list names them
     python -m beyond.mechanism --all --run runs/paper   # another run, into runs/paper/figures
 
-The command also measures and draws what stands in gain.py. The article is beyond/README.md. Data coordinates
-are those of model.data_ov_circuit; the weight of source s at position n is the factor on a_s in the
-prediction of a_{n+1}.
+The command also runs gain.py; the article is beyond/README.md. Data coordinates are model.data_ov_circuit's.
+The weight of source s at position n is the factor on a_s in the prediction of a_{n+1}.
 """
 
 import os
@@ -30,7 +29,7 @@ import interventions
 from analyze import (LAYER_COLORS, LENS, MODEL, OTHER, SCALE, TRUTH, Catalogue, Finding, Study, grid, heat,
                      identity_cosine, pick, regress, verdict)
 from data import FIRST_POSITION, MAX_LENGTH, explained
-from model import Transformer, data_basis, data_ov_circuit
+from model import data_ov_circuit
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FITTED = 2000  # sequences of each length on which the filter is fitted
@@ -51,26 +50,22 @@ claim, figure = OURS.claim, OURS.figure
 # ---------- The best fixed filter ----------
 @functools.cache
 def fixed_filter(d_vocab: int = data.D_VOCAB) -> Tensor:
-    """The best fixed linear filter: prediction_n = sum over s <= n of K[n, s] a_s, [14, 14], float64.
-
-    Least squares on the training distribution, for each position n all lengths in which it occurs. It sees
-    neither the model nor, as it is fixed, c. Rows 0 and 1, where nothing is determined, stay 0.
-    """
+    """The best fixed linear filter, prediction_n = sum over s <= n of K[n, s] a_s: K [14, 14], float64, least
+    squares on the training distribution, for each n on all lengths in which it occurs. Rows 0 and 1, where
+    nothing is determined, stay 0."""
     generator = torch.Generator().manual_seed(1)
     grams = torch.zeros(MAX_LENGTH + 1, MAX_LENGTH + 1, dtype=torch.double)  # sums of <a_s, a_t>, lengths > n
     filters = torch.zeros(MAX_LENGTH, MAX_LENGTH, dtype=torch.double)
-    for length in range(MAX_LENGTH, FIRST_POSITION, -1):
-        a = data.sample(FITTED, length, generator, d_vocab, dtype=torch.double).a
-        grams[: length + 1, : length + 1] += torch.einsum("bsv,btv->st", a, a)
-        n = length - 1
+    for n in range(MAX_LENGTH - 1, FIRST_POSITION - 1, -1):
+        a = data.sample(FITTED, n + 1, generator, d_vocab, dtype=torch.double).a
+        grams[: n + 2, : n + 2] += torch.einsum("bsv,btv->st", a, a)
         filters[n, : n + 1] = torch.linalg.solve(grams[: n + 1, : n + 1], grams[: n + 1, n + 1])
     return filters
 
 
 def filtered(x: Tensor) -> Tensor:
     """The filter's prediction at each position, [batch, pos, d_vocab] -> the same."""
-    positions = x.shape[1]
-    return (fixed_filter(x.shape[-1])[:positions, :positions] @ x.double()).to(x)
+    return (fixed_filter(x.shape[-1])[: x.shape[1], : x.shape[1]] @ x.double()).to(x)
 
 
 @functools.cache
@@ -99,8 +94,8 @@ def by_position(study: Study, predictor: str) -> Tensor:
 @claim("early the model beats the best fixed filter, late the filter beats the model", None, 20)
 def claim_fixed_filter(study: Study) -> Finding:
     """MSE by position over the training distribution. The model's is at most half of the filter's at each of
-    the positions 2 to 6, where it must infer something, and at least twice the filter's at 12 and 13; partly
-    if only the first. Measured: filter / model by position."""
+    the positions 2 to 6, where it must infer something, and at least twice it at 12 and 13; partly if only
+    the first. Measured: filter / model by position."""
     model, fixed = by_position(study, "model"), by_position(study, "filter")
     early, late = (model[:5] <= fixed[:5] / 2).all(), (model[-2:] >= 2 * fixed[-2:]).all()
     values = {f"{name}, positions 2 to 13": by_position(study, name) for name in PREDICTORS}
@@ -137,28 +132,25 @@ def figure_errors(study: Study):
 
 
 def off_plane(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Random unit vectors orthogonal to all vectors of each sequence x [batch, pos, d_vocab]: [batch,
-    d_vocab]. The sequences must span less than d_vocab dimensions; an affine recurrence spans two."""
+    """Random unit vectors [batch, d_vocab] orthogonal to all vectors of a sequence, x [batch, pos, d_vocab]
+    (which must span less than d_vocab dimensions; an affine recurrence spans two)."""
     projection = torch.linalg.pinv(x, rtol=1e-6) @ x  # [batch, d_vocab, d_vocab]
     v = torch.randn(len(x), x.shape[-1], generator=generator, dtype=x.dtype)
     return F.normalize(v - torch.einsum("bv,bvw->bw", v, projection), dim=-1)
 
 
 def source_weights(predict: Callable, x: Tensor, v: Tensor) -> Tensor:
-    """w_s = <v, d prediction_n / d a_s . v>, one forward-mode derivative for each source s.
-
-    predict: [batch, pos, d_vocab] -> the same; x in float64; v [batch, d_vocab] from `off_plane`. Returns
-    [batch, dest, src].
-    """
+    """w_s = <v, d prediction_n / d a_s . v>, [batch, dest, src], a forward-mode derivative for each source s.
+    predict: [batch, pos, d_vocab] -> the same; x in float64; v [batch, d_vocab] from `off_plane`."""
     moves = torch.eye(x.shape[1], dtype=x.dtype)[:, None, :, None] * v[:, None]  # [src, batch, pos, d_vocab]
     moved = torch.vmap(lambda move: torch.func.jvp(predict, (x,), (move,))[1])(moves)
     return torch.einsum("sbpv,bv->bps", moved, v)
 
 
 def strides(w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """A / c^2 and B / c, what a prediction takes from the sources at odd and at even distance n - s, as
-    shares of what is right: with a_s = a* + c^s u it holds (A c^{n-1} + B c^n) u, and c^{n+1} u is right. w
-    [..., dest, src], c [...] -> [..., dest] each."""
+    """A / c^2 and B / c, what a prediction takes from sources at odd and at even distance n - s, as shares of
+    what is right: of a_s = a* + c^s u it holds (A c^{n-1} + B c^n) u, and c^{n+1} u is right. w [..., dest,
+    src], c [...] -> [..., dest] each."""
     n = torch.arange(w.shape[-1], dtype=w.dtype)
     parts = w * c[..., None, None] ** (n - n[:, None] - 1)
     odd = (n[:, None] - n) % 2 == 1
@@ -166,7 +158,7 @@ def strides(w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Weights(NamedTuple):
-    """Of sequences of 14 inputs for each c, PER_C each; c and -c get the same a_0 and d."""
+    """Of PER_C sequences of 14 inputs for each c; c and -c get the same a_0 and d."""
 
     c: Tensor  # [c]: -2 .. 2
     model: Tensor  # [c, sequence, dest, src]: source weights
@@ -179,15 +171,16 @@ class Weights(NamedTuple):
 @functools.cache
 def read_weights(study: Study) -> Weights:
     exact, d_vocab, rows = copy.deepcopy(study.model).double(), study.model.config.d_vocab, []
-    cs = sorted([*SIZES, *(-size for size in SIZES)])
-    for c in cs:
+    cs = torch.tensor(SIZES, dtype=torch.double)
+    cs = torch.cat([-cs.flip(0), cs])
+    for c in cs.tolist():
         g = study.generator(f"weights {abs(c)}")
         x = data.sample(PER_C, MAX_LENGTH, g, d_vocab, (c, c), dtype=torch.double).a[:, :-1]
         w, output, cache = source_weights(exact, x, off_plane(x, g)), exact(x), look(study, x.float())
         share = explained((w @ x)[:, FIRST_POSITION:], output[:, FIRST_POSITION:])
-        scales = [cache[name][..., 0] for name in ("blocks.0.ln1.hook_scale", SCALE)]
-        rows.append((w, source_factors(cache, *scalars(study)), *scales, torch.tensor(share)))
-    return Weights(torch.tensor(cs, dtype=torch.double), *(torch.stack(column) for column in zip(*rows)))
+        rows.append((w, source_factors(cache, *scalars(study)), cache["blocks.0.ln1.hook_scale"][..., 0],
+                     cache[SCALE][..., 0], torch.tensor(share)))
+    return Weights(cs, *(torch.stack(column) for column in zip(*rows)))
 
 
 @claim("the output is sum_s w_s a_s, with weights read off the model", None, 23)
@@ -202,9 +195,9 @@ def claim_source_weights(study: Study) -> Finding:
 
 @claim("two steps at once, blind to the sign of c: what a fixed filter does too", None, 23)
 def claim_parity(study: Study) -> Finding:
-    """A / c^2 and B / c (see `strides`), |c| from 0.9 to 2, both signs, positions 5 to 13. The mean of |A / c^2
-    - 1| and of |B / c| at most 0.15, for the filter and for the model; partly for the filter alone. A rule of
-    one step has A = 0 and B / c = 1. Measured: the model's mean A / c^2 and B / c."""
+    """A / c^2 and B / c (see `strides`), |c| from 0.9 to 2, positions 5 to 13. The means of |A / c^2 - 1| and
+    |B / c| at most 0.15 for the filter and the model; partly for the filter alone. A one-step rule has A = 0
+    and B / c = 1. Measured: the model's mean A / c^2 and B / c."""
     weights, K = read_weights(study), fixed_filter(study.model.config.d_vocab)
     strong = weights.c.abs() >= 0.9
     c, w = weights.c[strong], weights.model.mean(1)[strong]  # [c, dest, src]
@@ -229,8 +222,9 @@ def figure_source_weights(study: Study):
     weights, K = read_weights(study), fixed_filter(study.model.config.d_vocab)
     for axes, n in zip(panels, (6, 10)):
         for s, color, label in ((n - 1, MODEL, "$a_{n-1}$"), (n, TRUTH, "$a_n$"), (n - 3, LENS, "$a_{n-3}$")):
-            axes.plot(weights.c, weights.model.mean(1)[:, n, s], ".-", color=color, label=f"{label}, model")
-            axes.plot(weights.c, weights.scalar.mean(1)[:, n, s], ":", color=color, label="scalar transformer")
+            model, scalar = (w.mean(1)[:, n, s] for w in (weights.model, weights.scalar))
+            axes.plot(weights.c, model, ".-", color=color, label=f"{label}, model")
+            axes.plot(weights.c, scalar, ":", color=color, label="scalar transformer")
             axes.axhline(K[n, s], color=color, lw=0.8, ls="--", label="filter")
         axes.axhline(0, color="0.8", zorder=0)
         axes.set(title=f"position n = {n}", xlabel="c", ylim=(-6, 6.5))
@@ -249,40 +243,31 @@ def look(study: Study, x: Tensor) -> dict[str, Tensor]:
     return study.record(x, *names)
 
 
-def traces(model: Transformer) -> Tensor:
-    """kappa, [n_layers, n_heads]: the multiple of I that each head's OV between data coordinates is nearest
-    to, trace / d_vocab."""
-    ov = torch.stack([data_ov_circuit(model, l) for l in range(model.config.n_layers)])
-    return ov.diagonal(dim1=-2, dim2=-1).mean(-1)
-
-
 @functools.cache
-def scalars(study: Study) -> tuple[Tensor, Tensor]:
-    """The numbers that stand for the weights: kappa [n_layers, n_heads] and, for each MLP, the slope of what
-    it writes on what it reads, both in W_U's coordinates and less their mean at the position, n >= 2."""
-    W_U, slopes = study.model.unembed.W_U, []
-    for read, written in mlp_data(study):
-        slopes.append(regress(written, read)[0][0])
-    return traces(study.model), torch.tensor(slopes)
-
-
-@functools.cache
-def mlp_data(study: Study) -> list[tuple[Tensor, Tensor]]:
-    """What each MLP reads and writes on the population, in W_U's coordinates, less the mean at the position,
-    [size, pos - 2, d_vocab] each."""
-    pairs = []
+def mlp_slopes(study: Study) -> tuple[Tensor, Tensor]:
+    """The slope of what each MLP writes on what it reads, [n_layers], in W_U's coordinates, less the mean at
+    the position, population, n >= 2; and the share of what it writes that this explains."""
+    fits = []
     for l in study.layers:
         names = (f"blocks.{l}.ln2.hook_normalized", f"blocks.{l}.hook_mlp_out")
         kept = study.record(study.population.a[:, :-1], *names)
         read, written = (kept[name][:, FIRST_POSITION:] @ study.model.unembed.W_U for name in names)
-        pairs.append((read - read.mean(0), written - written.mean(0)))
-    return pairs
+        (slope,), share = regress(written - written.mean(0), read - read.mean(0))
+        fits.append((slope, share))
+    return torch.tensor(fits).unbind(1)
+
+
+@functools.cache
+def scalars(study: Study) -> tuple[Tensor, Tensor]:
+    """The 27 numbers: kappa [n_layers, n_heads], the multiple of I nearest to each head's OV between data
+    coordinates, trace / d_vocab; and the slopes of the MLPs, [n_layers]."""
+    ov = torch.stack([data_ov_circuit(study.model, l) for l in study.layers])
+    return ov.diagonal(dim1=-2, dim2=-1).mean(-1), mlp_slopes(study)[0]
 
 
 def source_factors(cache: dict[str, Tensor], kappa: Tensor, slopes: Tensor) -> Tensor:
     """C / ln_final's scale, [batch, dest, src]: the factor with which position n holds a_s, when each head
     moves data by its kappa and each MLP multiplies it, with the patterns and scales in `cache`."""
-    held = 0.0
     for l in range(len(kappa)):
         pattern = cache[f"blocks.{l}.attn.hook_pattern"]  # [batch, head, dest, src]
         ln1, ln2 = cache[f"blocks.{l}.ln1.hook_scale"], cache[f"blocks.{l}.ln2.hook_scale"]  # [batch, pos, 1]
@@ -331,18 +316,16 @@ def kinds(study: Study) -> dict[str, tuple[Tensor, Tensor]]:
 
 @functools.cache
 def mean_looks(study: Study, length: int) -> dict[str, Tensor]:
-    """Means of what the scalar transformer takes, and of its factors ("factors"), over new recurrences of as
-    many inputs."""
-    d_vocab = study.model.config.d_vocab
-    x = data.sample(min(500, study.size), length, study.generator(f"mean {length}"), d_vocab).a[:, :-1]
-    cache = look(study, x)
+    """Means of what the scalar transformer takes, and of its "factors", on recurrences of so many inputs."""
+    g, d_vocab = study.generator(f"mean {length}"), study.model.config.d_vocab
+    cache = look(study, data.sample(min(500, study.size), length, g, d_vocab).a[:, :-1])
     means = {name: value.mean(0, keepdim=True) for name, value in cache.items()}
     return means | {"factors": source_factors(cache, *scalars(study)).mean(0)}
 
 
 def predictions(study: Study, kind: str) -> dict[str, Tensor]:
-    """On one kind, what the 27 numbers predict, and predictors that know less or something else, {name:
-    [batch, pos, d_vocab]}; "shuffled" [permutation, batch, pos, d_vocab]."""
+    """On one kind, what the 27 numbers predict, and what knows less or something else, {name: [batch, pos,
+    d_vocab]}; "shuffled" [permutation, batch, pos, d_vocab]."""
     x, truth = kinds(study)[kind]
     cache, (kappa, slopes), means = look(study, x), scalars(study), mean_looks(study, x.shape[1])
     predict, g = functools.partial(scalar_transformer, cache, slopes=slopes, x=x), study.generator("shuffles")
@@ -369,14 +352,14 @@ def scores(study: Study, kind: str) -> dict[str, list[float]]:
     first = 4 if x.shape[1] > 4 else FIRST_POSITION
     output, truth = look(study, x)["output"][:, first:], truth[:, first:]
     found = {"model": [1 - explained(output, truth)]}
+    wrong = explained(truth, output)
     for name, p in predictions(study, kind).items():
-        p = p[..., first:, :]
         if name == "shuffled":
-            shares = torch.tensor([explained(each, output) for each in p])
+            shares = torch.tensor([explained(each[:, first:], output) for each in p])
             found[name] = [shares.mean().item(), shares.std().item()]
         else:
-            error = (p - output).pow(2).sum() / (output - truth).pow(2).sum()
-            found[name] = [explained(p, output), 1 - error.item()]
+            share = explained(p[:, first:], output)
+            found[name] = [share, 1 - (1 - share) / (1 - wrong)]
     return found
 
 
@@ -399,32 +382,31 @@ def claim_scalar_transformer(study: Study) -> Finding:
         values |= {f"{kind}: of the output": output, f"{kind}: of the error": error,
                    f"{kind}: the model leaves unexplained": found["model"][0],
                    f"{kind}: shuffled, mean and standard deviation": found["shuffled"]}
-        rivals = {name: both for name, both in found.items() if len(both) == 2 and name not in ("shuffled",)}
-        passing = [name for name, (output, error) in rivals.items() if output >= 0.97 and error >= 0.9]
-        values |= {f"{kind}: {name}, of the output, of the error": both for name, both in rivals.items()}
+        less = [name for name in LESS if found[name][0] >= 0.97 and found[name][1] >= 0.9]
         shuffled = 1 - found["shuffled"][0] >= 4 * (1 - output)
-        if kind in ERRS and "scalar transformer" in passing and shuffled and not set(passing) & set(LESS):
+        if kind in ERRS and output >= 0.97 and error >= 0.9 and shuffled and not less:
             evidence.append(kind)
-    kappa, slopes = scalars(study)
+        others = [name for name in found if name not in ("scalar transformer", "model", "shuffled")]
+        values |= {f"{kind}: {name}, of the output and the error": found[name] for name in others}
+    kappa = scalars(study)[0]
     ov = torch.stack([identity_cosine(data_ov_circuit(study.model, l)) for l in study.layers])
-    mlps = [regress(written, read)[1] for read, written in mlp_data(study)]
+    slopes, shares = mlp_slopes(study)
     values |= {"kinds that are evidence": ", ".join(evidence), "kappa": kappa, "slopes of the MLPs": slopes,
-               "cosine of each OV with I": ov, "share of each MLP that its slope explains": mlps, **put_in(study)}
+               "cosine of each OV with I": ov, "share of each MLP that its slope explains": shares}
     how = verdict("white noise" in evidence and len(evidence) >= 3, "white noise" in evidence)
     return Finding(values["white noise: of the output"], how, values)
 
 
 @figure(21, "the 27 numbers, and maps that they stand for")
 def figure_numbers(study: Study):
-    canvas, panels = grid(2, 4, 11, 5.6, "27 numbers, and some of the 40 x 40 maps that they stand for")
-    draw_numbers(panels[0, 0], study)
-    panels[0, 1].bar(study.layers, scalars(study)[1], color=LAYER_COLORS[: len(study.layers)])
-    panels[0, 1].set(title="slope of each MLP", xlabel="layer", xticks=list(study.layers), ylabel="factor")
-    largest = scalars(study)[0].abs().argmax(1).tolist()
-    for axes, (l, head) in zip(panels.flat[2:], [*enumerate(largest), *((l, 0) for l in study.layers)]):
+    canvas, panels = grid(1, 5, 13, 3, "27 numbers, and a 40 x 40 map of each layer that one stands for")
+    draw_numbers(panels[0], study)
+    panels[1].bar(study.layers, scalars(study)[1], color=LAYER_COLORS[: len(study.layers)])
+    panels[1].set(title="slope of each MLP", xlabel="layer", xticks=list(study.layers), ylabel="factor")
+    for axes, (l, head) in zip(panels[2:], enumerate(scalars(study)[0].abs().argmax(1).tolist())):
         matrix = data_ov_circuit(study.model, l)[head]
         title = f"head {l}.{head}: cosine with I {identity_cosine(matrix):.2f}"
-        heat(axes, matrix, title, matrix.abs().max(), bar="weight")
+        heat(axes, matrix, title, matrix.abs().max(), "written dimension", "read dimension")
         axes.set(xticks=[], yticks=[], aspect="equal")
     return canvas
 
@@ -454,8 +436,8 @@ def draw_dots(axes, study: Study, kind: str):
 
 @figure(22, "the scalar transformer against the model, kind by kind", 3)
 def figure_scalar_transformer(study: Study):
-    canvas, panels = grid(2, 5, 14, 6, "27 numbers against the model on six kinds of sequences, a dot a component, and "
-                          "what other predictors explain of its output")
+    title = "27 numbers against the model, a dot a component, and what other predictors explain of its output"
+    canvas, panels = grid(2, 5, 14, 6, title)
     names = ["scalar transformer", "the truth", "shuffled", *LESS[1:], "without layer 1", "without layer 2",
              "mean patterns"]
     bars = (("recurrences", "4 inputs"), ("two growths", "white noise"))
@@ -473,53 +455,6 @@ def figure_scalar_transformer(study: Study):
     return canvas
 
 
-# ---------- The same put into the real model ----------
-def put_scalars(study: Study, layer: int, kappa: Tensor, mlp: bool = False) -> dict[str, interventions.Hook]:
-    """Hooks that make every head of a layer move data by kappa [n_heads] times I, and nothing else different:
-    hook_attn_out gets the difference, in what W_U reads. With `mlp` that layer's MLP multiplies data by its
-    slope, about its mean at the position. All that comes later reacts."""
-    model, kept, block = study.model, {}, f"blocks.{layer}"
-    W_U = model.unembed.W_U
-    W_U_inverse = torch.linalg.pinv(W_U)
-    read = torch.linalg.pinv(data_basis(model, layer)) if layer == 0 else W_U  # [d_model, d_vocab]
-    change = kappa[:, None, None] * torch.eye(len(W_U_inverse)) - data_ov_circuit(model, layer)
-    names = [f"{block}.ln1.hook_normalized", f"{block}.attn.hook_pattern", f"{block}.ln2.hook_normalized"]
-
-    def heads(out: Tensor) -> Tensor:
-        moved = torch.einsum("bhqk,bkv,hvw->bqw", kept[names[1]], kept[names[0]] @ read, change)
-        return out + moved @ W_U_inverse
-
-    def multiply(out: Tensor) -> Tensor:
-        wanted = scalars(study)[1][layer] * kept[names[2]] @ W_U
-        return out + (wanted - wanted.mean(0) - out @ W_U + (out @ W_U).mean(0)) @ W_U_inverse
-
-    hooks = {f"{block}.hook_attn_out": heads} | ({f"{block}.hook_mlp_out": multiply} if mlp else {})
-    return interventions.join(interventions.record(names, kept), hooks)
-
-
-@functools.cache
-def put_in(study: Study) -> dict[str, list[Tensor]]:
-    """MSE, relative to the unchanged model's, on sequences of 4, 8 and 14 inputs with the scalars of one layer
-    in the place of its heads, beside kappa = 0 and kappa shuffled; and with MLP 0's too."""
-    d_vocab, found = study.model.config.d_vocab, {}
-    kappa, _ = scalars(study)
-    g = study.generator("put in")
-    for length in (4, 8, 14):
-        a = data.sample(min(OF_A_KIND, study.size), length, g, d_vocab).a
-        x, target = a[:, :-1], a[:, 1:]
-        clean = data.mse(study.model(x), target)
-        for l in study.layers:
-            order = torch.randperm(len(kappa[l]), generator=g)
-            arms = {"kappa": put_scalars(study, l, kappa[l]), "0": put_scalars(study, l, 0 * kappa[l]),
-                    "shuffled": put_scalars(study, l, kappa[l][order])}
-            if l == 0:
-                arms["kappa, and MLP 0"] = put_scalars(study, l, kappa[l], mlp=True)
-            for arm, hooks in arms.items():
-                times = data.mse(study.model(x, hooks=hooks), target) / clean
-                found.setdefault(f"put in, layer {l}, {arm}: times the MSE", []).append(times)
-    return found
-
-
 # ---------- A worked forward pass ----------
 def worked_pass(cache: dict[str, Tensor], kappa: Tensor, slopes: Tensor, n: int) -> dict[str, Tensor]:
     """What position n of one sequence holds of each source after every step of `source_factors`, {step:
@@ -535,47 +470,35 @@ def worked_pass(cache: dict[str, Tensor], kappa: Tensor, slopes: Tensor, n: int)
 @figure(24, "a worked forward pass: what one position holds of each vector", 3)
 def figure_worked_pass(study: Study):
     i, n = pick(study.test, -1.2), 8
-    x, truth = study.test.a[i : i + 1, : n + 1], study.test.a[i, n + 1]
-    cache, kept = look(study, x), {}
+    x, kept = study.test.a[i : i + 1, : n + 1], {}
+    cache = look(study, x)
+    means = {name: mean[: n + 1] for name, mean in interventions.mean_outputs(study.activations).items()}
+    ablate = interventions.replace_outputs(means, interventions.layer_heads(study.model, 1))
+    study.model(x, hooks=interventions.join(ablate, interventions.record([SCALE], kept)))
     rows, model = worked_pass(cache, *scalars(study), n), cache["output"][0, n]
-    canvas, panels = grid(1, 2, 11, 4.4, f"One prediction, step by step: c = {study.test.c[i]:.2f}, position n = {n}",
-                          width_ratios=[1.9, 1])
-    matrix = torch.stack(list(rows.values()))
-    ablate = interventions.replace_outputs(interventions.mean_outputs(study.activations),
-                                           interventions.layer_heads(study.model, 1))
-    cut = {name: lambda z, hook=hook: hook(F.pad(z, (0, 0, 0, 0, 0, MAX_LENGTH - n - 1)))[:, : n + 1]
-           for name, hook in ablate.items()}
-    study.model(x, hooks=interventions.join(cut, interventions.record([SCALE], kept)))
-    divided = (f"ln1 divides $a_{{{n - 1}}}$ by {cache['blocks.0.ln1.hook_scale'][0, n - 1, 0]:.3f}; ln2 by "
-               f"{cache['blocks.0.ln2.hook_scale'][0, n, 0]:.3f}; ln_final by {cache[SCALE][0, n, 0]:.2f}, with layer 1's "
-               f"heads at their mean {kept[SCALE][0, n, 0]:.2f}")
-    heat(panels[0], matrix, f"factor on each source that position {n} holds\n{divided}", matrix.abs().max(),
-         "source s", bar="factor")
-    panels[0].set_yticks(range(len(rows)), rows)
-    for (row, s), value in np.ndenumerate(matrix.numpy() if matrix.numel() > 64 else np.empty((0, 0))):
-        panels[0].text(s, row, f"{value:.2f}", ha="center", va="center", fontsize=7)
-    ours = rows["divided by ln_final"] @ x[0]
-    panels[1].scatter(model, ours, s=12, color=LENS, label="scalar transformer")
-    panels[1].scatter(model, truth, s=12, color=TRUTH, label="the truth")
-    panels[1].plot([model.min(), model.max()], [model.min(), model.max()], color="0.5", lw=0.8, zorder=0)
-    panels[1].set(xlabel="model's prediction, a dot a dimension", title=f"{explained(ours, model):.1%} of the output")
-    panels[1].legend()
+    ln1, ln2 = cache["blocks.0.ln1.hook_scale"][0, n - 1, 0], cache["blocks.0.ln2.hook_scale"][0, n, 0]
+    share, matrix = explained(rows["divided by ln_final"] @ x[0], model), torch.stack(list(rows.values()))
+    final, without = cache[SCALE][0, n, 0], kept[SCALE][0, n, 0]
+    title = (f"ln1 divides $a_{{{n - 1}}}$ by {ln1:.3f}, ln2 by {ln2:.2f}, ln_final by {final:.2f} (layer 1's "
+             f"heads at their mean: {without:.2f});\nthe last row times $a_s$, summed, is {share:.1%} of the output")
+    head = f"Factor on each source that position {n} holds, step by step: c = {study.test.c[i]:.2f}"
+    canvas, axes = grid(1, 1, 9, 4.6, head)
+    heat(axes, matrix, title, matrix.abs().max(), "source s", bar="factor")
+    axes.set_yticks(range(len(rows)), rows)
     return canvas
 
 
 # ---------- The README's picture ----------
 @figure(19, "the README's picture", 3)
 def figure_summary(study: Study):
-    canvas, panels = grid(1, 3, 12, 4, "A transformer that continues affine recurrences $a_{n+1} = c\\,a_n + d$ in "
-                          "$\\mathbf{R}^{40}$, and 27 numbers that do what it does")
+    title = "A transformer continues $a_{n+1} = c\\,a_n + d$ in $\\mathbf{R}^{40}$; 27 numbers do the same"
+    canvas, panels = grid(1, 3, 12, 4, title)
     i = pick(study.test, -1.1)
     a, output = study.test.a[i], study.model(study.test.a[i : i + 1, :-1])[0]
-    moving = a.std(0).argsort(descending=True)[:2].tolist()
-    for dimension, color in zip(moving, (TRUTH, OTHER)):
-        panels[0].plot(a[:, dimension], color=color, marker="o", ms=5, mfc="none", label=f"dimension {dimension}")
+    for dimension, color in zip(a.std(0).argsort(descending=True).tolist(), (TRUTH, OTHER)):
+        panels[0].plot(a[:, dimension], color=color, marker="o", mfc="none", label=f"dimension {dimension}")
         panels[0].plot(range(3, MAX_LENGTH + 1), output[2:, dimension], "x", color=MODEL)
     panels[0].plot([], [], "x", color=MODEL, label="the model's prediction")
-    panels[0].axhline(0, color="0.9", zorder=0)
     panels[0].set(title=f"a sequence, c = {study.test.c[i]:.2f}, two of 40 dimensions", xlabel="n",
                   ylabel="component of $a_n$")
     panels[0].legend(loc="upper left")
@@ -583,20 +506,19 @@ def figure_summary(study: Study):
     panels[1].set_title("error by position, 12 lengths of sequences")
     panels[1].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 0.12))
     draw_dots(panels[2], study, "white noise")
-    output, error = scores(study, "white noise")["scalar transformer"]
+    output, _ = scores(study, "white noise")["scalar transformer"]
     panels[2].set_title(f"on white noise, which is no recurrence:\n{output:.1%} of the model's output")
     inset = panels[2].inset_axes([0.58, 0.12, 0.4, 0.3])
     draw_numbers(inset, study)
     inset.get_legend().remove()
-    inset.set(title="24 of the 27: a bar a head", xlabel="", ylabel="", yticks=[])
-    inset.title.set_fontsize(7)
+    inset.set(xlabel="", ylabel="", yticks=[])
+    inset.set_title("24 of the 27: a bar a head", fontsize=7)
     return canvas
 
 
 def main():
-    import beyond.gain  # enters its claims and figures beside these
+    import beyond.gain  # noqa: F401, enters its claims and figures beside these
 
-    assert beyond.gain
     analyze.run_command(OURS, __doc__, "mechanism", os.path.join(HERE, "figures"))
 
 
