@@ -181,15 +181,15 @@ def open_run(settings: dict, resume: bool) -> Run:
         raise ValueError(f"{out} already holds a run: --resume it or give another --out")
     state = load_file(path, "checkpoint")[0] if resume else {}
     begun = state.get("settings", {})
+    for name, value in [*settings_beside(path).items(), *settings.items()]:
+        if name in begun and name != "steps" and value != begun[name]:
+            raise ValueError(f"{path} belongs to a run with {name} {begun[name]}, not {value}")
     run = Run(*from_settings(begun | settings))
     if resume:
         if missing := sorted(run.state().keys() - state.keys()):
             raise ValueError(f"{path} is no checkpoint of this train.py: it lacks {missing[0]!r}")
-        begun = begun | {"device": state["device"]}  # random streams differ between devices
-        asked = [*settings_beside(path).items(), *run.settings.items(), ("device", run.options.device)]
-        for name, value in asked:
-            if name in begun and name != "steps" and value != begun[name]:
-                raise ValueError(f"{path} belongs to a run with {name} {begun[name]}, not {value}")
+        if state["device"] != run.options.device:  # with other random streams
+            raise ValueError(f"{path} was written on {state['device']}: add --device {state['device']}")
         if state["done"] > run.options.steps:
             raise ValueError(f"{path} is at step {state['done']:,}, beyond --steps {run.options.steps:,}")
         run.load(state)
@@ -206,17 +206,18 @@ def is_kept(step: int) -> bool:
 
 
 def train(run: Run):
-    """Train until `options.steps`, saving with the rows of the log. Raises FloatingPointError, and saves
-    nothing more, if a loss since the last row is not finite; OSError where a file cannot be written."""
+    """Train until `options.steps`, saving with the rows of the log. FloatingPointError, and nothing more is
+    saved, if a loss since the last row is not finite; OSError where a file cannot be written."""
     options, d_vocab = run.options, run.model.config.d_vocab
     held_out = data.held_out(HELD_OUT_PER_LENGTH, device=options.device, d_vocab=d_vocab, task=options.task)
     if run.captures:
         run.capture()
     losses, row = torch.empty(options.eval_every, device=options.device), ""
-    first = last_row = run.done
-    start = row_time = save_time = shown = time.perf_counter()
+    first, start = run.done, time.perf_counter()
+    last_row, row_time, save_time, shown = first, start, start, start
     while run.done < options.steps:
-        losses[run.done - last_row] = run.step()
+        loss = run.step()
+        losses[run.done - last_row - 1] = loss
         if options.keep_steps and is_kept(run.done):
             run.save_weights("steps", f"{run.done:08d}.pt")
         ends, now = run.done == options.steps, time.perf_counter()
@@ -273,8 +274,7 @@ def main(arguments: list[str] | None = None, task: str = "affine"):
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         elif text:
-            text = f"{text} (default: {f.default})"
-            parser.add_argument(flag, type=f.type, metavar=f.type.__name__, help=text)
+            parser.add_argument(flag, type=f.type, metavar=f.type.__name__, help=f"{text} ({f.default})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the out folder")
     given = vars(parser.parse_args(arguments)) | {"task": task}
     resume, run = given.pop("resume", False), None

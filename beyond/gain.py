@@ -1,9 +1,8 @@
-"""Layer 1 is a gain control, and what is left: who computes the scales and patterns that the scalar
-transformer takes from the model.
+"""Layer 1 is a gain control; the scalars put into the real model; and who computes the scales and patterns.
 
-Its claims and figures join those of mechanism.py: `python -m beyond.mechanism --all`, --fig 25, --fig 26.
-The gain at a position is one over ln_final's scale there: the factor on everything that is unembedded. It is
-called clean without an intervention, and damage is how much an ablation raises the MSE.
+Its claims and figures join those of mechanism.py: `python -m beyond.mechanism --all`, --fig 25, --fig 26. The
+gain at a position is one over ln_final's scale there. Clean is without an intervention, and damage is how
+much an ablation raises the MSE.
 """
 
 import functools
@@ -27,9 +26,8 @@ SIZE_BINS = np.arange(0, 2, 0.25)  # ranges of |c|, their lower ends
 # ---------- The gain ----------
 @functools.cache
 def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
-    """MSE of test sequences with all heads or the MLP of a layer mean-ablated, {"layer 1 heads": {kind:
-    [FEW]}}: "ablated"; "clean scale", the same with ln_final's clean scale; "scale alone", the unchanged
-    model with the scale of the ablated one; "clean"."""
+    """MSE of test sequences, {"layer 1 heads": {kind: [FEW]}}: "ablated" (mean); "clean scale", the same with
+    ln_final's clean scale; "scale alone", the unchanged model with the ablated one's; "clean"."""
     means, count, found = interventions.mean_outputs(study.activations), min(FEW, study.size), {}
     clean, target = study.clean[SCALE][:count], study.test.a[:count, 1:]
     for l in study.layers:
@@ -46,8 +44,8 @@ def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
 
 
 def constancy(study: Study) -> dict[str, list[Tensor]]:
-    """w_{n-1}(n) times layer 0's ln1 scale at n - 1 and ln_final's at n, lowest and highest over c, and the
-    share of the log ratio of w_{n-1} between c = 0.6 and 1.75 that is due to each."""
+    """w_{n-1}(n) times layer 0's ln1 scale at n - 1 and ln_final's at n, lowest and highest over c; and the
+    log ratios of w_{n-1} and of one over these from c = 0.6 to 1.75."""
     weights, found = read_weights(study), {}
     for n in (6, 10, 13):
         w, ln1, final = weights.model[:, :, n, n - 1], weights.ln1[:, :, n - 1], weights.final[:, :, n]
@@ -68,17 +66,16 @@ def claim_gain_control(study: Study) -> Finding:
     shares, times = {}, {}
     for part, arms in ablations(study).items():
         mse = {kind: errors.mean() for kind, errors in arms.items()}
-        damage = mse["ablated"] - mse["clean"]
-        mended, alone = mse["ablated"] - mse["clean scale"], mse["scale alone"] - mse["clean"]
-        shares[part] = [mended / damage, alone / damage]
+        damage, mended = mse["ablated"] - mse["clean"], mse["ablated"] - mse["clean scale"]
+        shares[part] = [mended / damage, (mse["scale alone"] - mse["clean"]) / damage]
         times[part] = [mse["ablated"] / mse["clean"], mse["clean scale"] / mse["clean"]]
     goes, back = shares["layer 1 heads"]
     gain, others = goes >= 0.8 and back >= 0.5, [max(shares[f"layer {l} heads"]) for l in (0, 2)]
     values = {f"{part}: goes, comes back": both for part, both in shares.items()}
     values |= {f"{part}: times the MSE, and with the clean scale": both for part, both in times.items()}
     arms = ablations(study)["layer 1 heads"]
-    ci = interval(arms["ablated"] - arms["clean scale"], arms["ablated"] - arms["clean"],
-                  of=lambda mended, damage: mended.sum() / damage.sum())
+    mended, damage = arms["ablated"] - arms["clean scale"], arms["ablated"] - arms["clean"]
+    ci = interval(mended, damage, of=lambda mended, damage: mended.sum() / damage.sum())
     return Finding(goes, verdict(gain and max(others) < 0.5, gain), values | constancy(study), ci)
 
 
@@ -89,17 +86,13 @@ def by_size(c: Tensor, values: Tensor) -> Tensor:
 
 @figure(25, "layer 1 as a gain control, and where the factor on a_{n-1} comes from", 3)
 def figure_gain(study: Study):
-    title = "Layer 1 is a gain control: what it does goes through one number a position"
-    canvas, panels = grid(1, 3, 11.5, 3.9, title)
+    canvas, panels = grid(1, 3, 11.5, 3.9, "Layer 1 is a gain control: one number a position is what it does")
     arms, count = ablations(study)["layer 1 heads"], min(FEW, study.size)
     c, target = study.test.c[:count], study.test.a[:count, 1:]
     power = by_size(c, squared_errors(torch.zeros_like(target), target))
-    looks = {"clean": ("clean", "black", "-"), "ablated": ("layer 1's heads mean-ablated", LENS, "-"),
-             "clean scale": ("the same, with ln_final's clean scale", OTHER, "-"),
-             "scale alone": ("clean, with the ablated scale", MODEL, "--")}
-    for kind, (label, color, line) in looks.items():
+    for kind, color in zip(("clean", "ablated", "clean scale", "scale alone"), ("black", LENS, OTHER, MODEL)):
         share = by_size(c, arms[kind]) / power
-        panels[0].semilogy(SIZE_BINS + 0.125, share, line, marker=".", color=color, label=label)
+        panels[0].semilogy(SIZE_BINS + 0.125, share, ".-", color=color, label=kind)
     panels[0].set(title="the damage, and what mends it", xlabel="|c|", ylabel="unexplained share")
     panels[0].legend(fontsize=7)
     scale = by_size(study.population.c, study.activations[SCALE][..., 0])  # [8, pos]
@@ -109,12 +102,11 @@ def figure_gain(study: Study):
     panels[1].legend()
     weights, n = read_weights(study), 10
     positive = weights.c >= 0.6
-    parts = {"$w_{n-1}$, read off the model": (weights.model[positive][:, :, n, n - 1], "black"),
-             "1 / ln1's scale at n - 1": (1 / weights.ln1[positive][:, :, n - 1], TRUTH),
-             "1 / ln_final's scale at n": (1 / weights.final[positive][:, :, n], LENS)}
-    for label, (values, color) in parts.items():
-        logs = values.log().mean(1)
-        panels[2].plot(weights.c[positive], logs - logs[0], marker=".", color=color, label=label)
+    for label, values, color in (("$w_{n-1}$, read off the model", weights.model[:, :, n, n - 1], "black"),
+                                 ("1 / ln1's scale at n - 1", 1 / weights.ln1[:, :, n - 1], TRUTH),
+                                 ("1 / ln_final's scale at n", 1 / weights.final[:, :, n], LENS)):
+        logs = values[positive].log().mean(1)
+        panels[2].plot(weights.c[positive], logs - logs[0], ".-", color=color, label=label)
     panels[2].set(title="the factor on $a_{n-1}$ at n = 10: black is the sum", xlabel="c",
                   ylabel="log, relative to c = 0.6")
     panels[2].legend()
@@ -123,8 +115,8 @@ def figure_gain(study: Study):
 
 @functools.cache
 def main_directions(study: Study, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """How what a layer's heads write varies over the population: its mean at each position [pos, d_model],
-    the principal directions [d_model, d_model], the first one first, and their shares of the variance."""
+    """Of what a layer's heads write, over the population: the mean at each position [pos, d_model], the
+    principal directions [d_model, d_model], first one first, and their shares of the variance."""
     written = study.activations[f"blocks.{layer}.hook_attn_out"]
     mean = written.mean(0)
     varying = (written - mean).flatten(0, 1).double()
@@ -133,22 +125,21 @@ def main_directions(study: Study, layer: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def keep_directions(name: str, mean: Tensor, directions: Tensor) -> dict[str, interventions.Hook]:
-    """A hook that leaves of an activation its mean [..., d_model] and what varies along `directions` [k,
-    d_model], which are orthonormal: with k = 1, one number at each position."""
+    """A hook that leaves of an activation its mean and what varies along orthonormal directions [k, d_model]:
+    with k = 1, one number at each position."""
     return {name: lambda value: mean + (value - mean) @ directions.T @ directions}
 
 
 def remove_directions(name: str, mean: Tensor, directions: Tensor) -> dict[str, interventions.Hook]:
-    """The opposite of `keep_directions`: what varies along `directions` is taken away."""
+    """The opposite of `keep_directions`."""
     return {name: lambda value: value - (value - mean) @ directions.T @ directions}
 
 
 @claim("of all that layer 1's heads write one number a position is enough", None, 25, 3)
 def claim_one_knob(study: Study) -> Finding:
-    """What all heads of layer 1 write is reduced to its mean at each position and one number along one
-    direction, the first principal one, found on other sequences. The MSE grows by a factor of at most 2,
-    without that number by at least 10, and with one number only for layers 0 and 2 it grows by more than 2;
-    partly if it grows by at most 4 and is at least 5 times as large without that number."""
+    """What all heads of layer 1 write is reduced to its mean at each position and one number along the first
+    principal direction (of other sequences). The MSE grows at most twofold, without that number tenfold or
+    more, with one number only for layers 0 and 2 more than twofold; partly if fourfold, and five times that."""
 
     def errors(layer: int, change, count: int | None = None) -> Tensor:
         mean, directions, _ = main_directions(study, layer)
@@ -164,13 +155,13 @@ def claim_one_knob(study: Study) -> Finding:
         values |= {f"layer {l}: share of the variance along the first three": shares[:3],
                    f"layer {l}: cosine of the first with what W_U reads": (directions[0] @ W_U).norm()}
     how = verdict(one <= 2 and without >= 10 and min(others) > 2, one <= 4 and without >= 5 * one)
-    ci = interval(kept, study.baseline, of=lambda kept, clean: kept.sum() / clean.sum())
-    return Finding(one, how, values, ci)
+    return Finding(one, how, values)
 
 
 # ---------- What turns the knob ----------
 
 L1_K, L1_V, L1_Z = (f"blocks.1.attn.hook_{name}" for name in "kvz")
+RANGES = {"decaying and growing": ((0.2, 0.7), (1.5, 2.0)), "slow and fast growth": ((1.1, 1.3), (1.7, 2.0))}
 
 
 @functools.cache
@@ -189,10 +180,8 @@ def favourite_source(study: Study) -> int:
 def follows(study: Study, names: list[str], positions: list[int], resized: list[int], low: tuple,
             high: tuple) -> list[float]:
     """Share of the change of ln_final's log scale that follows a patch, for sequences with |c| in the range
-    `low` given something of those in `high`, and the other way round; mean over positions 4 to 13.
-
-    They are given the activations `names` at `positions`: the others', or, as layer 1 would have them, their
-    own with the `resized` vectors as long as the others'."""
+    `low` given something of those in `high`, and the other way round; positions 4 to 13. They are given the
+    activations `names` at `positions`: the others', or their own with `resized` vectors as long as those."""
     pair, shares = [knob_sequences(study, *low), knob_sequences(study, *high)], []
     for (x, here), (y, there) in (pair, pair[::-1]):
         source, kept = there, {}
@@ -208,14 +197,10 @@ def follows(study: Study, names: list[str], positions: list[int], resized: list[
     return shares
 
 
-RANGES = {"decaying and growing": ((0.2, 0.7), (1.5, 2.0)), "slow and fast growth": ((1.1, 1.3), (1.7, 2.0))}
-
-
 @functools.cache
 def knob_shares(study: Study, ranges: str) -> dict[str, list[float]]:
     """What turns the knob, {what layer 1 is given of the other sequences: the shares that follow}."""
-    favourite, both = favourite_source(study), [L1_K, L1_V]
-    last = list(range(5, MAX_LENGTH))
+    favourite, both, last = favourite_source(study), [L1_K, L1_V], list(range(5, MAX_LENGTH))
     patches = {"all that its heads read": ([L1_Z], list(range(MAX_LENGTH)), [])}
     patches |= {f"key and value of position {s}": (both, [s], []) for s in sorted({0, 1, 2, 3, 4, favourite})}
     patches |= {"key and value of positions 5 to 13": (both, [s for s in last if s != favourite], []),
@@ -228,8 +213,7 @@ def claim_knob(study: Study) -> Finding:
     """The favourite is the position that layer 1 attends to most. Between decaying and growing sequences, in
     both directions, at least half of the change of the log scale follows layer 1's key and value of it alone,
     and more than those of any other of positions 0 to 4, or of 5 to 13 together; and at least half follows
-    the sizes of the vectors up to it, seen through it alone. Partly if only the first. Measured: the sizes.
-    How far it holds between slow and fast growth, where c^2 varies, is among the values."""
+    the sizes of the vectors up to it, seen through it alone (measured). Partly if only the first."""
     s, shares = favourite_source(study), knob_shares(study, "decaying and growing")
     own = f"key and value of position {s}"
     read, size = shares[own], shares[f"sizes of $a_0$ to $a_{s}$ there"]
@@ -261,8 +245,7 @@ def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict[str, interventi
 
 
 def put_layer_0(study: Study, x: Tensor) -> dict[str, interventions.Hook]:
-    """A hook that gives the stream after layer 0, heads and MLP, the data that the scalars put there, in what
-    W_U reads and but for the mean at the position."""
+    """A hook that gives the stream after layer 0 the data of the scalars, in what W_U reads, less the mean."""
     cache, (kappa, slopes), W_U = look(study, x), scalars(study), study.model.unembed.W_U
     held = source_factors(cache, kappa[:1], slopes[:1]) * cache[SCALE] @ x
 
@@ -275,8 +258,8 @@ def put_layer_0(study: Study, x: Tensor) -> dict[str, interventions.Hook]:
 
 @functools.cache
 def put_in(study: Study) -> dict[str, list[Tensor]]:
-    """MSE, relative to the unchanged model's, on sequences of 4, 8 and 14 inputs with the scalars in the place
-    of a layer's heads, beside kappa = 0 and kappa shuffled; and of layer 0 as a whole."""
+    """MSE, relative to the unchanged model's, on sequences of 4, 8 and 14 inputs with the scalars in place of
+    a layer's heads, beside kappa = 0 and kappa shuffled; and of layer 0 as a whole."""
     found, kappa, g = {}, scalars(study)[0], study.generator("put in")
     for length in (4, 8, 14):
         a = data.sample(min(OF_A_KIND, study.size), length, g, study.model.config.d_vocab).a
@@ -296,7 +279,7 @@ def put_in(study: Study) -> dict[str, list[Tensor]]:
 # ---------- What is left ----------
 def predicted_by_sizes(study: Study, values: Tensor, test: Tensor) -> float:
     """Share of the variance of activations [batch, pos, ...] over sequences that a linear function of the log
-    norms of the vectors so far predicts on other sequences, positions 2 and later."""
+    norms of the vectors so far predicts on other sequences, from position 2 on."""
     left_over = whole = 0.0
     for n in range(FIRST_POSITION, MAX_LENGTH):
         sizes = [s.a[:, : n + 1].norm(dim=-1).log() for s in (study.population, study.test)]
@@ -310,24 +293,22 @@ def predicted_by_sizes(study: Study, values: Tensor, test: Tensor) -> float:
 
 @functools.cache
 def left(study: Study) -> dict[str, object]:
-    """How well sizes alone predict what the scalar transformer takes from the model; and, of each head of
-    layer 0, how far what it writes is data (in what W_U reads) and how far sizes predict the rest."""
+    """How well sizes predict what the scalar transformer takes from the model; and, of each head of layer 0,
+    how far what it writes is data (in what W_U reads) and how far sizes predict the rest."""
     population, test = (look(study, s.a[:, :-1]) for s in (study.population, study.test))
+    del population["output"]
     found = {}
-    for name in population:
-        if name.endswith("hook_scale"):
-            logs = (population[name].log(), test[name].log())
-            found[f"sizes predict {name}"] = predicted_by_sizes(study, *logs)
-        elif name.endswith("pattern"):
-            rows = [cache[name].transpose(1, 2) for cache in (population, test)]  # [batch, dest, head, src]
-            found[f"sizes predict {name}"] = predicted_by_sizes(study, *rows)
+    for name, value in population.items():  # scales, or patterns -> [batch, dest, head, src]
+        prepare = Tensor.log if "scale" in name else lambda pattern: pattern.transpose(1, 2)
+        found[f"sizes predict {name}"] = predicted_by_sizes(study, prepare(value), prepare(test[name]))
     name, W_U = "blocks.0.attn.hook_result", torch.linalg.qr(study.model.unembed.W_U).Q
     written, other = study.activations[name], study.record(study.test.a[:, :-1], name)[name]
     varying = written - written.mean(0)
     in_data = (varying @ W_U).pow(2).sum((0, 1, 3)) / varying.pow(2).sum((0, 1, 3))
-    rest = [[(v[:, :, h] - v[:, :, h] @ W_U @ W_U.T) for v in (written, other)] for h in study.heads]
+    rest, rest_other = (v - v @ W_U @ W_U.T for v in (written, other))
+    by_sizes = [predicted_by_sizes(study, rest[:, :, h], rest_other[:, :, h]) for h in study.heads]
     return found | {"share of what each head of layer 0 writes that W_U reads": in_data,
-                    "sizes predict the rest": [predicted_by_sizes(study, *parts) for parts in rest]}
+                    "sizes predict the rest": by_sizes}
 
 
 def composition(study: Study) -> dict[str, Tensor]:
@@ -335,14 +316,12 @@ def composition(study: Study) -> dict[str, Tensor]:
     layers 1 and 2, mean over these, less an untrained model's, {side: [head of layer 0, layer 1 or 2]}."""
 
     def raw(model) -> Tensor:  # [side, layer, head of layer 0]
-        ov, sides = ov_circuit(model, 0)[:, None], []
+        ov, layers = ov_circuit(model, 0)[:, None], []
+        norm = lambda matrix: matrix.norm(dim=(-2, -1))
         for l in (1, 2):
-            qk, later = qk_circuit(model, l)[None], ov_circuit(model, l)[None]
-            products = (ov @ qk, ov @ qk.transpose(-1, -2), ov @ later)
-            norms = [factor.norm(dim=(-2, -1)) for factor in (qk, qk, later)]
-            sides.append(torch.stack([(p.norm(dim=(-2, -1)) / ov.norm(dim=(-2, -1)) / norm).mean(1)
-                                      for p, norm in zip(products, norms)]))
-        return torch.stack(sides, 1)
+            sides = (qk_circuit(model, l), qk_circuit(model, l).transpose(1, 2), ov_circuit(model, l))
+            layers.append(torch.stack([(norm(ov @ side) / norm(ov) / norm(side)).mean(1) for side in sides]))
+        return torch.stack(layers, 1)
 
     scores = raw(study.model) - raw(study.untrained.model).mean(-1, keepdim=True)
     return {side: scores[i].T for i, side in enumerate("QKV")}
@@ -350,19 +329,17 @@ def composition(study: Study) -> dict[str, Tensor]:
 
 @figure(26, "what turns the knob, and what is left", 3)
 def figure_knob(study: Study):
-    title = "What turns the knob, and who steers the attention of layers 1 and 2"
-    canvas, panels = grid(1, 3, 12, 4.4, title, width_ratios=[1.3, 1, 1])
+    canvas, panels = grid(1, 3, 12, 4.4, "What turns the knob, and what is left", width_ratios=[1.3, 1, 1])
     shares = knob_shares(study, "decaying and growing")
     y = np.arange(len(shares))
     for i, (label, color) in enumerate((("decaying, given growth", LENS), ("growing, given decay", TRUTH))):
         panels[0].barh(y + 0.4 * i, [both[i] for both in shares.values()], 0.38, color=color, label=label)
     panels[0].set_yticks(y + 0.2, list(shares))
     panels[0].invert_yaxis()
-    panels[0].axvline(1, color="0.7", lw=0.8)
     panels[0].set(xlabel="share of the change of the log scale", title="layer 1 is given of others:")
     panels[0].legend(fontsize=7)
-    predicted = {name.split()[-1]: max(value, 0) for name, value in left(study).items() if "hook" in name}
-    names = [name.replace("blocks.", "").replace("hook_", "").replace("attn.", "") for name in predicted]
+    predicted = {name: max(value, 0) for name, value in left(study).items() if "hook" in name}
+    names = [name.split()[-1].removeprefix("blocks.").replace("hook_", "") for name in predicted]
     panels[1].barh(names, predicted.values(), color=OTHER)
     panels[1].invert_yaxis()
     panels[1].set(xlim=(0, 1), xlabel="share of the variance", title="predicted by sizes alone")

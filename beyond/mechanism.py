@@ -4,8 +4,8 @@
     python -m beyond.mechanism --fig 22                 # one figure; --list names them
     python -m beyond.mechanism --all --run runs/paper   # another run, into runs/paper/figures
 
-The command also runs gain.py; the article is beyond/README.md. Data coordinates are model.data_ov_circuit's.
-The weight of source s at position n is the factor on a_s in the prediction of a_{n+1}.
+The command also runs gain.py; the article is beyond/README.md. The weight of source s at position n is the
+factor on a_s in the prediction of a_{n+1}; data coordinates are model.data_ov_circuit's.
 """
 
 import os
@@ -36,8 +36,7 @@ FITTED = 2000  # sequences of each length on which the filter is fitted
 TESTED = 300  # and on which it is tested, beside the model
 OF_A_KIND = 200  # sequences of each kind on which the scalar transformer is compared with the model
 SHUFFLES = 40  # permutations of the traces
-PER_C = 2  # sequences for each c at which source weights are read
-SIZES = (0.3, 0.6, 0.9, 1.1, 1.3, 1.5, 1.75, 2.0)  # |c| at which they are read
+SIZES, PER_C = (0.3, 0.6, 0.9, 1.1, 1.3, 1.5, 1.75, 2.0), 2  # |c| of source weights, sequences for each
 PREDICTORS = {"model": ("model", {"color": MODEL, "marker": ".", "lw": 2}),
               "filter": ("best fixed linear filter", {"color": OTHER, "marker": "."}),
               "scalar transformer": ("scalar transformer, 27 numbers", {"color": LENS, "ls": ":"}),
@@ -51,11 +50,9 @@ claim, figure = OURS.claim, OURS.figure
 @functools.cache
 def fixed_filter(d_vocab: int = data.D_VOCAB) -> Tensor:
     """The best fixed linear filter, prediction_n = sum over s <= n of K[n, s] a_s: K [14, 14], float64, least
-    squares on the training distribution, for each n on all lengths in which it occurs. Rows 0 and 1, where
-    nothing is determined, stay 0."""
-    generator = torch.Generator().manual_seed(1)
-    grams = torch.zeros(MAX_LENGTH + 1, MAX_LENGTH + 1, dtype=torch.double)  # sums of <a_s, a_t>, lengths > n
-    filters = torch.zeros(MAX_LENGTH, MAX_LENGTH, dtype=torch.double)
+    squares on the training distribution, for each n >= 2 on all lengths in which it occurs."""
+    generator, filters = torch.Generator().manual_seed(1), torch.zeros(MAX_LENGTH, MAX_LENGTH).double()
+    grams = torch.zeros(MAX_LENGTH + 1, MAX_LENGTH + 1).double()  # sums of <a_s, a_t> over lengths > n
     for n in range(MAX_LENGTH - 1, FIRST_POSITION - 1, -1):
         a = data.sample(FITTED, n + 1, generator, d_vocab, dtype=torch.double).a
         grams[: n + 2, : n + 2] += torch.einsum("bsv,btv->st", a, a)
@@ -70,8 +67,7 @@ def filtered(x: Tensor) -> Tensor:
 
 @functools.cache
 def errors(study: Study) -> dict[str, Tensor]:
-    """Squared errors, mean over d_vocab, of the PREDICTORS on new sequences of the training distribution, one
-    entry a sequence and position from 2 on; and its "position" and "c"."""
+    """Squared errors of the PREDICTORS, an entry a sequence and position from 2 on, and its position and c."""
     seed, d_vocab = study.generator("mechanism").initial_seed(), study.model.config.d_vocab
     count, columns = max(2, TESTED * study.size // analyze.POPULATION), []
     for sample in data.held_out(count, seed, d_vocab=d_vocab):
@@ -93,14 +89,15 @@ def by_position(study: Study, predictor: str) -> Tensor:
 
 @claim("early the model beats the best fixed filter, late the filter beats the model", None, 20)
 def claim_fixed_filter(study: Study) -> Finding:
-    """MSE by position over the training distribution. The model's is at most half of the filter's at each of
-    the positions 2 to 6, where it must infer something, and at least twice it at 12 and 13; partly if only
-    the first. Measured: filter / model by position."""
+    """MSE by position over the training distribution. The model's is at most half of the filter's at 2 to 6,
+    where it must infer something, and at least twice it at 12 and 13; partly if only the first. Measured:
+    filter / model by position."""
     model, fixed = by_position(study, "model"), by_position(study, "filter")
     early, late = (model[:5] <= fixed[:5] / 2).all(), (model[-2:] >= 2 * fixed[-2:]).all()
-    values = {f"{name}, positions 2 to 13": by_position(study, name) for name in PREDICTORS}
-    values |= {f"{name}, all": errors(study)[name].mean() for name in PREDICTORS}
-    K = fixed_filter(study.model.config.d_vocab)
+    values, K = {}, fixed_filter(study.model.config.d_vocab)
+    for name in PREDICTORS:
+        values[f"{name}, positions 2 to 13"] = by_position(study, name)
+        values[f"{name}, all"] = errors(study)[name].mean()
     values |= {f"coefficients at {n}, a_n first": K[n, : n + 1].flip(0) for n in (6, 10)}
     return Finding(fixed / model, verdict(early and late, early), values)
 
@@ -126,9 +123,8 @@ def figure_errors(study: Study):
 
 
 # ---------- Source weights, read off the model ----------
-# A predictor that commutes with rotations is prediction_n = sum over s <= n of w_s a_s, its weights functions
-# of inner products only. Moving one a_s by a small v orthogonal to the plane of the sequence changes no inner
-# product to first order: the prediction moves by w_s v.
+# A predictor that commutes with rotations is a sum of w_s a_s, w_s functions of inner products. Moving one a_s
+# by a small v off the plane of the sequence changes none to first order: the output moves by w_s v.
 
 
 def off_plane(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -157,9 +153,7 @@ def strides(w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return (parts * odd).sum(-1), (parts * ~odd).sum(-1)
 
 
-class Weights(NamedTuple):
-    """Of PER_C sequences of 14 inputs for each c; c and -c get the same a_0 and d."""
-
+class Weights(NamedTuple):  # of PER_C sequences of 14 inputs for each c; c and -c get the same a_0 and d
     c: Tensor  # [c]: -2 .. 2
     model: Tensor  # [c, sequence, dest, src]: source weights
     scalar: Tensor  # the scalar transformer's own
@@ -188,9 +182,9 @@ def claim_source_weights(study: Study) -> Finding:
     """1 - |output - sum_s w_s a_s|^2 / |output|^2 over positions 2 to 13, by c. At least 0.95 at every |c| up
     to 1.5; partly at least 0.8."""
     weights = read_weights(study)
-    usual = weights.explained[weights.c.abs() <= 1.5]
-    values = {"c": weights.c, "lowest, |c| up to 1.5": usual.min()}
-    return Finding(weights.explained, verdict(usual.min() >= 0.95, usual.min() >= 0.8), values)
+    least = weights.explained[weights.c.abs() <= 1.5].min()
+    values = {"c": weights.c, "lowest, |c| up to 1.5": least}
+    return Finding(weights.explained, verdict(least >= 0.95, least >= 0.8), values)
 
 
 @claim("two steps at once, blind to the sign of c: what a fixed filter does too", None, 23)
@@ -199,11 +193,9 @@ def claim_parity(study: Study) -> Finding:
     |B / c| at most 0.15 for the filter and the model; partly for the filter alone. A one-step rule has A = 0
     and B / c = 1. Measured: the model's mean A / c^2 and B / c."""
     weights, K = read_weights(study), fixed_filter(study.model.config.d_vocab)
-    strong = weights.c.abs() >= 0.9
-    c, w = weights.c[strong], weights.model.mean(1)[strong]  # [c, dest, src]
-    passes, values = {}, {}
-    for name, w in {"model": w, "filter": K.expand(len(c), -1, -1)}.items():
-        A, B = (part[:, 5:] for part in strides(w, c))
+    strong, passes, values = weights.c.abs() >= 0.9, {}, {}
+    for name, w in {"model": weights.model.mean(1), "filter": K.expand(len(strong), -1, -1)}.items():
+        A, B = (part[strong, 5:] for part in strides(w, weights.c))
         off = [(A - 1).abs().mean(), B.abs().mean()]
         values |= {f"{name}: mean A / c^2, B / c": [A.mean(), B.mean()], f"{name}: off by": off}
         passes[name] = max(off) <= 0.15
@@ -211,13 +203,13 @@ def claim_parity(study: Study) -> Finding:
         x, target = kinds(study)[kind]
         left = [1 - explained(p[:, first:], target[:, first:]) for p in (study.model(x), filtered(x))]
         values[f"unexplained, {kind}, from position {first} on: model, filter"] = left
-    how = verdict(all(passes.values()), passes["filter"])
+    how = verdict(passes["model"] and passes["filter"], passes["filter"])
     return Finding(values["model: mean A / c^2, B / c"], how, values)
 
 
 @figure(23, "the weight of each source against c: model, filter, scalar transformer")
 def figure_source_weights(study: Study):
-    title = "The prediction at n is $\\Sigma_s\\,w_s\\,a_s$: the weights, against c"
+    title = "Weights $w_s$ of the prediction $\\Sigma_s\\,w_s\\,a_s$"
     canvas, panels = grid(1, 2, 10.5, 4.4, title, shared=True)
     weights, K = read_weights(study), fixed_filter(study.model.config.d_vocab)
     for axes, n in zip(panels, (6, 10)):
@@ -235,8 +227,7 @@ def figure_source_weights(study: Study):
 
 # ---------- The scalar transformer ----------
 def look(study: Study, x: Tensor) -> dict[str, Tensor]:
-    """What the scalar transformer takes from the model on inputs x: patterns and LayerNorm scales; and the
-    output."""
+    """What the scalar transformer takes from the model on inputs x, patterns and scales; and the output."""
     names = [SCALE]
     for l in study.layers:
         names += [f"blocks.{l}.{name}" for name in ("attn.hook_pattern", "ln1.hook_scale", "ln2.hook_scale")]
@@ -257,7 +248,6 @@ def mlp_slopes(study: Study) -> tuple[Tensor, Tensor]:
     return torch.tensor(fits).unbind(1)
 
 
-@functools.cache
 def scalars(study: Study) -> tuple[Tensor, Tensor]:
     """The 27 numbers: kappa [n_layers, n_heads], the multiple of I nearest to each head's OV between data
     coordinates, trace / d_vocab; and the slopes of the MLPs, [n_layers]."""
@@ -272,10 +262,8 @@ def source_factors(cache: dict[str, Tensor], kappa: Tensor, slopes: Tensor) -> T
         pattern = cache[f"blocks.{l}.attn.hook_pattern"]  # [batch, head, dest, src]
         ln1, ln2 = cache[f"blocks.{l}.ln1.hook_scale"], cache[f"blocks.{l}.ln2.hook_scale"]  # [batch, pos, 1]
         moved = torch.einsum("h,bhqk->bqk", kappa[l], pattern)
-        if l == 0:
-            held = moved / ln1.transpose(1, 2)  # what comes in is read once, by layer 0
-        else:
-            held = held + moved @ (held / ln1)
+        # What comes in is read once, by layer 0; later layers read what it wrote.
+        held = moved / ln1.transpose(1, 2) if l == 0 else held + moved @ (held / ln1)
         held = held + slopes[l] * held / ln2
     return held / cache[SCALE]
 
@@ -286,7 +274,6 @@ def scalar_transformer(cache: dict[str, Tensor], kappa: Tensor, slopes: Tensor, 
 
 
 KINDS = ("recurrences", "4 inputs", "|c| 2.5 to 3", "two growths", "noise 0.1", "white noise")
-ERRS = KINDS[2:]  # those on which the model errs: on the others the truth predicts it as well
 
 
 @functools.cache
@@ -298,8 +285,8 @@ def kinds(study: Study) -> dict[str, tuple[Tensor, Tensor]]:
     sample = functools.partial(data.sample, count, generator=g, d_vocab=d_vocab)
     plain, wild = sample(MAX_LENGTH).a, sample(MAX_LENGTH, c_range=(2.5, 3)).a
     found = {"recurrences": plain, "4 inputs": sample(4).a, "|c| 2.5 to 3": wild}
-    sign = 1 - 2 * (torch.arange(count) % 2)
-    c = uniform(1.2, 2, count, 2) * torch.stack([sign, -sign], 1)  # of opposite signs
+    sign = 1 - 2 * (torch.arange(count) % 2)[:, None]
+    c = uniform(1.2, 2, count, 2) * torch.cat([sign, -sign], 1)  # of opposite signs
     fixed, u, other_u = (uniform(-2, 2, count, 1, d_vocab) for _ in range(3))
     one, other = (c[:, :, None] ** n)[..., None].unbind(1)  # powers, [batch, pos, 1] each
     even = (n % 2 == 0)[:, None]
@@ -319,40 +306,36 @@ def mean_looks(study: Study, length: int) -> dict[str, Tensor]:
     """Means of what the scalar transformer takes, and of its "factors", on recurrences of so many inputs."""
     g, d_vocab = study.generator(f"mean {length}"), study.model.config.d_vocab
     cache = look(study, data.sample(min(500, study.size), length, g, d_vocab).a[:, :-1])
-    means = {name: value.mean(0, keepdim=True) for name, value in cache.items()}
-    return means | {"factors": source_factors(cache, *scalars(study)).mean(0)}
+    cache["factors"] = source_factors(cache, *scalars(study))
+    return {name: value.mean(0) for name, value in cache.items()}
 
 
 def predictions(study: Study, kind: str) -> dict[str, Tensor]:
-    """On one kind, what the 27 numbers predict, and what knows less or something else, {name: [batch, pos,
-    d_vocab]}; "shuffled" [permutation, batch, pos, d_vocab]."""
+    """What the 27 numbers and others predict, [batch, pos, d_vocab]; "shuffled" has a permutation in front."""
     x, truth = kinds(study)[kind]
     cache, (kappa, slopes), means = look(study, x), scalars(study), mean_looks(study, x.shape[1])
     predict, g = functools.partial(scalar_transformer, cache, slopes=slopes, x=x), study.generator("shuffles")
     patterns = {name: value.expand(len(x), -1, -1, -1) for name, value in means.items() if "pattern" in name}
     constant, output = means["factors"] @ x, cache["output"]
     free = (constant * output).sum((0, 2)) / constant.pow(2).sum((0, 2))  # [pos]
-    found = {"scalar transformer": predict(kappa), "the truth": truth,
+    layers = torch.arange(len(kappa))[:, None]
+    orders = torch.rand(SHUFFLES, *kappa.shape, generator=g).argsort(-1)
+    found = {"scalar transformer": predict(kappa), "the truth": truth, "fixed filter": filtered(x),
              "mean trace": predict(kappa.mean(1, keepdim=True).expand_as(kappa)),
              "mean patterns": scalar_transformer(cache | patterns, kappa, slopes, x),
-             "constant weights": constant, "constant weights, free factors": free[:, None] * constant,
-             "fixed filter": filtered(x)}
-    layers = torch.arange(len(kappa))[:, None]
+             "constant weights": constant, "constant weights, free factors": free[:, None] * constant}
     found |= {f"without layer {l}": predict(torch.where(layers == l, 0.0, kappa)) for l in study.layers[1:]}
-    orders = torch.rand(SHUFFLES, *kappa.shape, generator=g).argsort(-1)
     return found | {"shuffled": torch.stack([predict(kappa.gather(1, order)) for order in orders])}
 
 
 @functools.cache
 def scores(study: Study, kind: str) -> dict[str, list[float]]:
-    """[share of the model's output, share of its error] that each of `predictions` explains, positions 4 and
-    later (of 4 inputs 2 and 3); "shuffled": mean and standard deviation of the first; "model": the share of
-    the truth that it leaves unexplained."""
+    """[share of the model's output, of its error] that each of `predictions` explains, from position 4 on (of 4
+    inputs from 2); "shuffled": the first's mean and deviation; "model": what it leaves of the truth."""
     x, truth = kinds(study)[kind]
     first = 4 if x.shape[1] > 4 else FIRST_POSITION
-    output, truth = look(study, x)["output"][:, first:], truth[:, first:]
-    found = {"model": [1 - explained(output, truth)]}
-    wrong = explained(truth, output)
+    output, truth = study.model(x)[:, first:], truth[:, first:]
+    found, wrong = {"model": [1 - explained(output, truth)]}, explained(truth, output)
     for name, p in predictions(study, kind).items():
         if name == "shuffled":
             shares = torch.tensor([explained(each[:, first:], output) for each in p])
@@ -369,12 +352,11 @@ LESS = ("the truth", "mean trace", "constant weights", "constant weights, free f
 @claim("27 numbers predict the model, above all where it errs", None, 22, 3)
 def claim_scalar_transformer(study: Study) -> Finding:
     """Of the model's output explained, 1 - |p - model|^2 / |model|^2, at least 0.97, and of its error, 1 - |p
-    - model|^2 / |model - truth|^2, at least 0.9. A kind on which the model errs (|c| from 2.5 to 3, two
-    growths, noise of 0.1, white noise) is evidence if the scalar transformer passes both and nothing that
-    knows less does (the truth, the mean trace of each layer, constant weights with and without free factors,
-    the fixed filter), and traces shuffled within their layer leave at least four times as much of the output,
-    as a mean. Reproduced with at least three such kinds, white noise among them; partly with white noise.
-    Measured: of the output on white noise."""
+    - model|^2 / |model - truth|^2, at least 0.9. A kind on which the model errs (|c| 2.5 to 3, two growths,
+    noise of 0.1, white noise) is evidence if the scalar transformer passes both and nothing that knows less
+    does (the truth, each layer's mean trace, constant weights with and without free factors, the fixed
+    filter), and traces shuffled within their layer leave, as a mean, at least four times as much of the
+    output. Three such kinds, white noise among them; partly with white noise. Measured: its output share."""
     values, evidence = {}, []
     for kind in KINDS:
         found = scores(study, kind)
@@ -382,15 +364,14 @@ def claim_scalar_transformer(study: Study) -> Finding:
         values |= {f"{kind}: of the output": output, f"{kind}: of the error": error,
                    f"{kind}: the model leaves unexplained": found["model"][0],
                    f"{kind}: shuffled, mean and standard deviation": found["shuffled"]}
-        less = [name for name in LESS if found[name][0] >= 0.97 and found[name][1] >= 0.9]
+        passes = {name for name, both in found.items() if both[0] >= 0.97 and both[-1] >= 0.9}
         shuffled = 1 - found["shuffled"][0] >= 4 * (1 - output)
-        if kind in ERRS and output >= 0.97 and error >= 0.9 and shuffled and not less:
+        if kind in KINDS[2:] and "scalar transformer" in passes and shuffled and not passes & set(LESS):
             evidence.append(kind)
         others = [name for name in found if name not in ("scalar transformer", "model", "shuffled")]
         values |= {f"{kind}: {name}, of the output and the error": found[name] for name in others}
-    kappa = scalars(study)[0]
     ov = torch.stack([identity_cosine(data_ov_circuit(study.model, l)) for l in study.layers])
-    slopes, shares = mlp_slopes(study)
+    (kappa, slopes), (_, shares) = scalars(study), mlp_slopes(study)
     values |= {"kinds that are evidence": ", ".join(evidence), "kappa": kappa, "slopes of the MLPs": slopes,
                "cosine of each OV with I": ov, "share of each MLP that its slope explains": shares}
     how = verdict("white noise" in evidence and len(evidence) >= 3, "white noise" in evidence)
@@ -402,7 +383,7 @@ def figure_numbers(study: Study):
     canvas, panels = grid(1, 5, 13, 3, "27 numbers, and a 40 x 40 map of each layer that one stands for")
     draw_numbers(panels[0], study)
     panels[1].bar(study.layers, scalars(study)[1], color=LAYER_COLORS[: len(study.layers)])
-    panels[1].set(title="slope of each MLP", xlabel="layer", xticks=list(study.layers), ylabel="factor")
+    panels[1].set(title="slope of each MLP", xlabel="layer", xticks=study.layers, ylabel="factor")
     for axes, (l, head) in zip(panels[2:], enumerate(scalars(study)[0].abs().argmax(1).tolist())):
         matrix = data_ov_circuit(study.model, l)[head]
         title = f"head {l}.{head}: cosine with I {identity_cosine(matrix):.2f}"
@@ -417,20 +398,18 @@ def draw_numbers(axes, study: Study):
     for l in study.layers:
         x = len(study.heads) * l + np.arange(len(study.heads))
         axes.bar(x, kappa[l], color=LAYER_COLORS[l % 3], label=f"layer {l}")
-    axes.axhline(0, color="0.5", lw=0.8)
     axes.set(title="$\\kappa$ of each head", xlabel="heads by layer", xticks=[], ylabel="factor")
     axes.legend()
 
 
 def draw_dots(axes, study: Study, kind: str):
-    """The scalar transformer's prediction against the model's, a dot a component."""
-    x, _ = kinds(study)[kind]
-    cache = look(study, x)
-    p, first = scalar_transformer(cache, *scalars(study), x), 4 if x.shape[1] > 4 else FIRST_POSITION
-    model = cache["output"][::10, first:].flatten()
-    axes.scatter(model, p[::10, first:].flatten(), s=2, lw=0, color=LENS)
-    ends = [model.min(), model.max()]
-    axes.plot(ends, ends, color="0.5", lw=0.8, zorder=0)
+    """The scalar transformer's prediction against the model's, a dot a component, every tenth sequence."""
+    x = kinds(study)[kind][0][::10]
+    cache, first = look(study, x), 4 if x.shape[1] > 4 else FIRST_POSITION
+    model = cache["output"][:, first:].flatten()
+    ours = scalar_transformer(cache, *scalars(study), x)[:, first:].flatten()
+    axes.scatter(model, ours, s=2, lw=0, color=LENS)
+    axes.axline((0, 0), slope=1, color="0.5", lw=0.8, zorder=0)
     axes.set(xlabel="model", ylabel="scalar transformer")
 
 
@@ -438,18 +417,16 @@ def draw_dots(axes, study: Study, kind: str):
 def figure_scalar_transformer(study: Study):
     title = "27 numbers against the model, a dot a component, and what other predictors explain of its output"
     canvas, panels = grid(2, 5, 14, 6, title)
-    names = ["scalar transformer", "the truth", "shuffled", *LESS[1:], "without layer 1", "without layer 2",
-             "mean patterns"]
+    names = ["scalar transformer", "shuffled", *LESS, "without layer 1", "without layer 2", "mean patterns"]
     bars = (("recurrences", "4 inputs"), ("two growths", "white noise"))
-    for row, kinds_of_row in enumerate((KINDS[:3], KINDS[3:])):
-        for axes, kind in zip(panels[row], kinds_of_row):
+    for row in (0, 1):
+        for axes, kind in zip(panels[row, :3], KINDS[3 * row :]):
             output, error = scores(study, kind)["scalar transformer"]
             draw_dots(axes, study, kind)
             axes.set_title(f"{kind}: {output:.3f} of the output,\n{error:.3f} of the error")
         for axes, kind in zip(panels[row, 3:], bars[row]):
             shares = [max(scores(study, kind)[name][0], 0) for name in names]
-            axes.barh(names, shares, color=[LENS] + ["0.7"] * (len(names) - 1))
-            axes.invert_yaxis()
+            axes.barh(names[::-1], shares[::-1], color=["0.7"] * (len(names) - 1) + [LENS])
             axes.set(title=kind, xlim=(0, 1), xlabel="of the output (below 0: no bar)")
         panels[row, 4].set_yticks([])
     return canvas
@@ -457,8 +434,7 @@ def figure_scalar_transformer(study: Study):
 
 # ---------- A worked forward pass ----------
 def worked_pass(cache: dict[str, Tensor], kappa: Tensor, slopes: Tensor, n: int) -> dict[str, Tensor]:
-    """What position n of one sequence holds of each source after every step of `source_factors`, {step:
-    [n + 1]}."""
+    """What position n of a sequence holds of each source after every step, {step: [pos]}."""
     layers, rows = torch.arange(len(kappa)), {}
     for l in range(len(kappa)):
         heads = torch.where(layers[:, None] <= l, kappa, 0.0)
@@ -469,20 +445,19 @@ def worked_pass(cache: dict[str, Tensor], kappa: Tensor, slopes: Tensor, n: int)
 
 @figure(24, "a worked forward pass: what one position holds of each vector", 3)
 def figure_worked_pass(study: Study):
-    i, n = pick(study.test, -1.2), 8
-    x, kept = study.test.a[i : i + 1, : n + 1], {}
+    i, n, kept = pick(study.test, -1.2), 8, {}
+    x = study.test.a[i : i + 1, : n + 1]
     cache = look(study, x)
     means = {name: mean[: n + 1] for name, mean in interventions.mean_outputs(study.activations).items()}
     ablate = interventions.replace_outputs(means, interventions.layer_heads(study.model, 1))
     study.model(x, hooks=interventions.join(ablate, interventions.record([SCALE], kept)))
     rows, model = worked_pass(cache, *scalars(study), n), cache["output"][0, n]
-    ln1, ln2 = cache["blocks.0.ln1.hook_scale"][0, n - 1, 0], cache["blocks.0.ln2.hook_scale"][0, n, 0]
     share, matrix = explained(rows["divided by ln_final"] @ x[0], model), torch.stack(list(rows.values()))
+    ln1, ln2 = cache["blocks.0.ln1.hook_scale"][0, n - 1, 0], cache["blocks.0.ln2.hook_scale"][0, n, 0]
     final, without = cache[SCALE][0, n, 0], kept[SCALE][0, n, 0]
-    title = (f"ln1 divides $a_{{{n - 1}}}$ by {ln1:.3f}, ln2 by {ln2:.2f}, ln_final by {final:.2f} (layer 1's "
-             f"heads at their mean: {without:.2f});\nthe last row times $a_s$, summed, is {share:.1%} of the output")
-    head = f"Factor on each source that position {n} holds, step by step: c = {study.test.c[i]:.2f}"
-    canvas, axes = grid(1, 1, 9, 4.6, head)
+    title = (f"ln1 divides $a_{{{n - 1}}}$ by {ln1:.3f}, ln2 by {ln2:.2f}, ln_final by {final:.2f} (layer 1 "
+             f"at its mean: {without:.2f})\nthe last row times $a_s$, summed: {share:.1%} of the output")
+    canvas, axes = grid(1, 1, 9, 4.6, f"What position {n} holds of each source: c = {study.test.c[i]:.2f}")
     heat(axes, matrix, title, matrix.abs().max(), "source s", bar="factor")
     axes.set_yticks(range(len(rows)), rows)
     return canvas
@@ -499,8 +474,7 @@ def figure_summary(study: Study):
         panels[0].plot(a[:, dimension], color=color, marker="o", mfc="none", label=f"dimension {dimension}")
         panels[0].plot(range(3, MAX_LENGTH + 1), output[2:, dimension], "x", color=MODEL)
     panels[0].plot([], [], "x", color=MODEL, label="the model's prediction")
-    panels[0].set(title=f"a sequence, c = {study.test.c[i]:.2f}, two of 40 dimensions", xlabel="n",
-                  ylabel="component of $a_n$")
+    panels[0].set(title=f"two of 40 dimensions, c = {study.test.c[i]:.2f}", xlabel="n", ylabel="$a_n$")
     panels[0].legend(loc="upper left")
     draw_errors(panels[1], study)
     panels[1].set_title("error by position, 12 lengths of sequences")
@@ -511,8 +485,7 @@ def figure_summary(study: Study):
     inset = panels[2].inset_axes([0.58, 0.12, 0.4, 0.3])
     draw_numbers(inset, study)
     inset.get_legend().remove()
-    inset.set(xlabel="", ylabel="", yticks=[])
-    inset.set_title("24 of the 27: a bar a head", fontsize=7)
+    inset.set(xlabel="", ylabel="", yticks=[], title="24 of the 27: heads")
     return canvas
 
 

@@ -1,0 +1,276 @@
+"""What beyond/ relies on. `python -m unittest test_all` runs these too."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+import unittest
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+import analyze
+import beyond.gain as gain
+import beyond.mechanism as mechanism
+import beyond.recurrences as recurrences
+import beyond.seeds as seeds
+import data
+import model
+import train
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SHIPPED = os.path.join(os.path.dirname(HERE), "weights")
+torch.set_num_threads(1)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def command(main, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command line, without a new process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (mock.patch.object(sys, "argv", ["program.py", *arguments]),
+          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+                status = 1
+    return status or 0, out.getvalue(), err.getvalue()
+
+
+class TestCase(unittest.TestCase):
+    def assertClose(self, a, b, tolerance):
+        self.assertLess((torch.as_tensor(a) - torch.as_tensor(b)).abs().max().item(), tolerance)
+
+    def folder(self) -> str:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        return folder.name
+
+
+def scalar_model() -> model.Transformer:
+    """A float64 model whose maps between data vectors are multiples of I, with attention as it comes.
+
+    Data come in on dimensions 0 to 4 of the stream and are written to 5 to 9; the rest holds the position.
+    Each MLP copies what it reads there, times a slope, by pairs of ReLUs.
+    """
+    config = model.Config(d_vocab=5, d_model=16, d_head=8, d_mlp=10, n_heads=2, n_layers=3, n_ctx=16,
+                          initializer_range=0.4)
+    net = model.fold(model.Transformer(config, seeded()).double()).requires_grad_(False)
+    basis = torch.linalg.svd(torch.ones(1, 16).double())[2][1:]  # what a LayerNorm leaves alone
+    read, write, rest = basis[:5], basis[5:10], basis[10:]
+    net.embed.W_E.copy_(read), net.unembed.W_U.copy_(write.T), net.unembed.b_U.zero_()
+    net.pos_embed.W_pos.copy_(torch.randn(16, 5, generator=seeded(1), dtype=torch.double) @ rest)
+    for l, block in enumerate(net.blocks):
+        attn, mlp = block.attn, block.mlp
+        for parameter in (attn.W_V, attn.W_O, attn.b_O, mlp.W_in, mlp.b_in, mlp.W_out, mlp.b_out):
+            parameter.zero_()
+        for head in range(2):
+            attn.W_V[head, :, :5] = (read if l == 0 else write).T
+            attn.W_O[head, :5] = (0.3 + head - l) * write
+        mlp.W_in[:, :5], mlp.W_in[:, 5:] = write.T, -write.T
+        mlp.W_out[:5], mlp.W_out[5:] = (1 - 0.4 * l) * write, -(1 - 0.4 * l) * write
+    return net
+
+
+class Filter(TestCase):
+    def test_it_is_the_best_on_what_it_is_fitted_to_and_has_the_parity_of_n_plus_1(self):
+        K = mechanism.fixed_filter(40)
+        a = data.sample(500, 14, seeded(3), dtype=torch.double).a
+        n = 13
+        error = lambda row: (row @ a[:, :-1] - a[:, n + 1]).pow(2).mean()
+        for step in torch.randn(5, 14, generator=seeded(), dtype=torch.double):
+            self.assertLess(error(K[n]), error(K[n] + 0.05 * step))
+        self.assertClose(K.sum(1)[6:], 1, 0.05)
+        c = torch.tensor([-1.8, -1.2, 1.2, 1.8]).double()
+        A, B = mechanism.strides(K.expand(4, -1, -1), c)
+        self.assertClose(B[:, 8:], 0, 0.02)
+        self.assertClose(A[:, 8:], 1, 0.25)
+        self.assertEqual(torch.equal(K.triu(1), torch.zeros_like(K)), True)
+
+    def test_strides_of_a_two_step_and_a_one_step_rule(self):
+        c, w = torch.tensor([1.5]).double(), torch.zeros(1, 9, 9).double()
+        w[:, 6, 5], w[:, 7, 7] = c**2, c
+        A, B = mechanism.strides(w, c)
+        found = torch.stack([A[0, 6], B[0, 6], A[0, 7], B[0, 7]])
+        self.assertClose(found, torch.tensor([1.0, 0, 0, 1]), 1e-9)
+
+
+class SourceWeights(TestCase):
+    def test_source_weights_of_predictors_whose_weights_are_known(self):
+        for c in (-1.5, 0.7):
+            u, fixed = torch.randn(2, 3, 1, 40, generator=seeded(), dtype=torch.double)
+            x = fixed + c ** torch.arange(9)[:, None].double() * u
+            v = mechanism.off_plane(x, seeded(5))
+            self.assertClose(torch.einsum("bv,bpv->bp", v, x), 0, 1e-9)
+            linear = lambda x: 2 * x - 3 * F.pad(x, (0, 0, 1, 0))[:, :-1]
+            solver = lambda x: F.pad(data.solve_recurrence(x), (0, 0, 2, 0))
+            for predict, expected in ((linear, {6: 2, 5: -3}),
+                                      (solver, {6: c + 0.5, 5: 0.5 - c / 2, 4: -c / 2})):
+                wanted = torch.tensor([float(expected.get(s, 0)) for s in range(9)]).double()
+                w = mechanism.source_weights(predict, x, v)
+                self.assertClose(w[:, 6], wanted.expand(3, -1), 1e-7)
+
+
+class ScalarTransformer(TestCase):
+    def test_it_is_exact_where_every_map_is_a_multiple_of_I(self):
+        net = scalar_model()
+        self.assertClose(net.embed.W_E @ net.unembed.W_U, 0, 1e-12)
+        ov = torch.stack([model.data_ov_circuit(net, l) for l in range(3)])
+        kappa = ov.diagonal(dim1=-2, dim2=-1).mean(-1)
+        self.assertClose(ov, kappa[..., None, None] * torch.eye(5), 1e-12)
+        x = data.sample(20, 9, seeded(), 5, dtype=torch.double).a[:, :-1]
+        cache: dict = {}
+        output = net(x, cache=cache)
+        slopes = 1 - 0.4 * torch.arange(3).double()
+        ours = mechanism.scalar_transformer(cache, kappa, slopes, x)
+        self.assertClose(ours, output, 1e-10)
+        self.assertGreater((output - output.mean(0)).abs().max(), 0.1)
+        rows = mechanism.worked_pass(cache, kappa, slopes, 8)
+        self.assertClose(rows["divided by ln_final"] @ x[0], output[0, 8], 1e-10)
+        self.assertEqual(len(rows), 7)
+
+    def test_the_trained_model_turns_with_its_inputs_as_far_as_the_claim_says(self):
+        study = analyze.open_study(SHIPPED)
+        turn = torch.linalg.qr(torch.randn(40, 40, generator=seeded()))[0]
+        x = study.test.a[:200, :-1]
+        turned, output = study.model(x @ turn), study.model(x) @ turn
+        self.assertGreater(data.explained(turned[:, 4:], output[:, 4:]), 0.99)
+        x = torch.randn(50, 14, 40, generator=seeded()) / 4
+        turned, output = study.model(x @ turn), study.model(x) @ turn
+        self.assertGreater(data.explained(turned[:, 4:], output[:, 4:]), 0.97)
+
+    def test_kinds_are_what_their_names_say(self):
+        found = mechanism.kinds(analyze.open_study(SHIPPED))
+        for kind, (x, target) in found.items():
+            longest = x.norm(dim=-1).amax(1)
+            if "noise 0" not in kind:
+                self.assertTrue(((longest > 1 - 1e-4) & (longest < 2 + 1e-4)).all(), kind)
+                self.assertTrue(torch.equal(x[:, 1:], target[:, :-1]), kind)
+        solved = {kind: data.solve_recurrence(x.double()) for kind, (x, _) in found.items()}
+        off = {kind: (solved[kind] - target[:, 2:]).abs().max().item() for kind, (_, target) in found.items()}
+        self.assertLess(max(off["recurrences"], off["|c| 2.5 to 3"], off["4 inputs"]), 1e-4)
+        self.assertGreater(min(off["two growths"], off["interleaved"], off["white noise"]), 0.1)
+
+    def test_scalars_put_in_change_nothing_where_they_are_what_the_model_has(self):
+        net = scalar_model()
+        study = mock.Mock(model=net, layers=range(3), heads=range(2))
+        x = data.sample(20, 9, seeded(), 5, dtype=torch.double).a[:, :-1]
+        for l in range(3):
+            kappa = model.data_ov_circuit(net, l).diagonal(dim1=-2, dim2=-1).mean(-1)
+            with mock.patch.object(torch, "eye", lambda n, eye=torch.eye: eye(n).double()):
+                same, none = (gain.put_scalars(study, l, numbers) for numbers in (kappa, 0 * kappa))
+            self.assertClose(net(x, hooks=same), net(x), 1e-10)
+            self.assertGreater((net(x, hooks=none) - net(x)).abs().max(), 1e-3)
+
+
+class Gain(TestCase):
+    def test_kept_and_removed_directions_add_up(self):
+        value = torch.randn(4, 6, 12, generator=seeded(), dtype=torch.double)
+        directions = torch.linalg.qr(torch.randn(12, 2, generator=seeded(1), dtype=torch.double))[0].T
+        kept = gain.keep_directions("x", value.mean(0), directions)["x"](value)
+        removed = gain.remove_directions("x", value.mean(0), directions)["x"](value)
+        self.assertClose(kept + removed, value + value.mean(0), 1e-12)
+        self.assertClose((removed - value.mean(0)) @ directions.T, 0, 1e-12)
+
+    def test_what_sizes_predict_is_all_of_sizes_and_nothing_of_noise(self):
+        study = analyze.open_study(SHIPPED)
+        sizes = [s.a[:, :-1].norm(dim=-1, keepdim=True).log() for s in (study.population, study.test)]
+        self.assertGreater(gain.predicted_by_sizes(study, *sizes), 0.999)
+        noise = [torch.randn(1000, 14, 1, generator=seeded(i)) for i in range(2)]
+        self.assertLess(gain.predicted_by_sizes(study, *noise), 0.02)
+
+
+class Recurrences(TestCase):
+    OTHERS = ("linear-2", "linear-3", "polynomial-1", "polynomial-2", "polynomial-3", "quadratic")
+
+    def test_solvers_are_exact_where_the_next_vector_is_determined(self):
+        for name in ("affine", *self.OTHERS):
+            task = data.find_task(name)
+            for length in (task.first + 1, 14):
+                a = data.sample(200, length, seeded(), task=name, dtype=torch.float64).a
+                with self.subTest(name, length=length):
+                    self.assertClose(task.solve(a[:, :-1]), a[:, task.first + 1 :], 1e-9)
+                    longest = a[:, :-1].norm(dim=-1).amax(1)
+                    self.assertTrue(((longest > 1 - 1e-9) & (longest < 2 + 1e-9)).all())
+
+    def test_sequences_obey_their_recurrence(self):
+        for K in (1, 2, 3):
+            a = data.sample(20, 10, seeded(), task=f"polynomial-{K}", dtype=torch.float64).a
+            self.assertClose(a.diff(n=K + 1, dim=1), 0, 1e-12)
+        for K in (2, 3):
+            a, c, d = data.sample(50, 12, seeded(), task=f"linear-{K}", dtype=torch.float64)
+            expected = sum(c[:, i, None, None] * a[:, K - 1 - i : -1 - i] for i in range(K)) + d[:, None]
+            self.assertClose(a[:, K:], expected, 1e-9)
+
+    def test_a_task_trains_from_its_first_position_on_resumes_and_is_compared(self):
+        out = os.path.join(self.folder(), "linear")
+        small = ["--d-mlp", "16", "--eval-every", "2", "--device", "cpu", "--out", out]
+        with mock.patch.object(train, "HELD_OUT_PER_LENGTH", 2), mock.patch.object(recurrences, "TESTED", 20):
+            for more in (["--steps", "2"], ["--steps", "4", "--resume"]):
+                status, _, err = command(recurrences.main, "train", "linear-2", *more, *small)
+                self.assertEqual(status, 0, err)
+            config = json.load(open(os.path.join(out, "config.json")))
+            self.assertEqual((config["task"], config["loss_from"], config["steps"]), ("linear-2", 3, 4))
+            status, _, err = command(recurrences.main, "compare", out, "--out", os.path.join(out, "c"))
+        self.assertEqual(status, 0, err)
+        found = json.load(open(os.path.join(out, "c", "recurrences.json")))
+        self.assertEqual([run["task"] for run in found.values()], ["linear-2"])
+        for status, says, arguments in ((2, "invalid choice", ["train", "nonsense"]), (2, "required", []),
+                                        (1, "no weights file", ["compare", out + "x"])):
+            got, _, err = command(recurrences.main, *arguments)
+            self.assertEqual((got, len(err.strip().splitlines())), (status, 1), err)
+            self.assertIn(says, err)
+
+
+class Seeds(TestCase):
+    def test_runs_are_set_beside_one_another_by_setting(self):
+        folder, shipped = self.folder(), os.path.join(os.path.dirname(HERE), "figures", "results.json")
+        found = json.load(open(shipped))
+        for name, act_fn in (("relu_1", "relu"), ("gelu_1", "gelu_new")):
+            os.makedirs(os.path.join(folder, name, "figures"))
+            config = found["meta"]["config"] | {"act_fn": act_fn}
+            changed = found | {"meta": found["meta"] | {"config": config}}
+            model.save(changed, os.path.join(folder, name, "figures", "results.json"))
+        runs = [SHIPPED, *(os.path.join(folder, name) for name in ("relu_1", "gelu_1"))]
+        status, _, err = command(seeds.main, *runs, "--out", os.path.join(folder, "out"))
+        self.assertEqual(status, 0, err)
+        together = json.load(open(os.path.join(folder, "out", "seeds.json")))["runs"]
+        self.assertEqual(len(together), 3)
+        self.assertEqual({len(group) for group in seeds.by_setting(together).values()}, {2, 1})
+        got, _, err = command(seeds.main, os.path.join(folder, "none"), "--out", os.path.join(folder, "out"))
+        self.assertEqual((got, len(err.strip().splitlines())), (1, 1), err)
+
+
+class Committed(TestCase):
+    def test_committed_results_are_those_of_the_shipped_weights(self):
+        results = json.load(open(os.path.join(HERE, "figures", "mechanism.json")))
+        study = analyze.open_study(SHIPPED)
+        self.assertEqual(results["meta"]["sha256"], study.model.sha256)
+        for name, found in results["claims"].items():
+            self.assertEqual(found["why"], " ".join(mechanism.OURS.claims[name].function.__doc__.split()))
+        kappa, slopes = mechanism.scalars(study)
+        values = results["claims"]["scalar_transformer"]["values"]
+        self.assertClose(kappa, torch.tensor(values["kappa"]), 1e-4)
+        self.assertClose(slopes, torch.tensor(values["slopes of the MLPs"]), 1e-3)
+        together = json.load(open(os.path.join(HERE, "figures", "seeds.json")))["runs"]
+        ours = together["weights"]["claims"]
+        for name, found in results["claims"].items():
+            self.assertEqual(found["measured"], ours[name]["measured"])
+
+    def test_every_claim_has_a_figure_that_is_drawn_wherever_it_is_measured(self):
+        self.assertEqual(sorted(mechanism.OURS.figures), list(range(19, 27)))
+        for name, claim in mechanism.OURS.claims.items():
+            self.assertLessEqual(mechanism.OURS.figures[claim.figure].layers, max(claim.layers, 3), name)
+
+
+if __name__ == "__main__":
+    unittest.main()
