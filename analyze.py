@@ -286,7 +286,7 @@ def heat(axes, matrix: Tensor, title: str, limit: float | None = None, xlabel: s
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     for (row, column), value in np.ndenumerate(values) if values.size <= 70 else ():
-        text = f"{value:.{2 if high >= 0.1 else 3}f}" if np.isfinite(value) else ""
+        text = f"{value:.{2 if high >= 0.05 else 3}f}" if np.isfinite(value) else ""
         color = "white" if abs(value) > 0.6 * high else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     if bar:

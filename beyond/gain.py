@@ -1,5 +1,4 @@
 """Layer 1 is a gain control; the scalars put into the real model; and who computes the scales and patterns.
-
 Its claims and figures join those of mechanism.py: `python -m beyond.mechanism --all`, --fig 25, --fig 26. The
 gain at a position is one over ln_final's scale there. Clean is without an intervention, and damage is how
 much an ablation raises the MSE.
@@ -101,12 +100,11 @@ def figure_gain(study: Study):
     panels[1].set(title="what the residual stream is divided by", xlabel="|c|", ylabel=SCALE, ylim=(0, None))
     panels[1].legend()
     weights, n = read_weights(study), 10
-    positive = weights.c >= 0.6
     for label, values, color in (("$w_{n-1}$, read off the model", weights.model[:, :, n, n - 1], "black"),
                                  ("1 / ln1's scale at n - 1", 1 / weights.ln1[:, :, n - 1], TRUTH),
                                  ("1 / ln_final's scale at n", 1 / weights.final[:, :, n], LENS)):
-        logs = values[positive].log().mean(1)
-        panels[2].plot(weights.c[positive], logs - logs[0], ".-", color=color, label=label)
+        logs = values[weights.c >= 0.6].log().mean(1)
+        panels[2].plot(weights.c[weights.c >= 0.6], logs - logs[0], ".-", color=color, label=label)
     panels[2].set(title="the factor on $a_{n-1}$ at n = 10: black is the sum", xlabel="c",
                   ylabel="log, relative to c = 0.6")
     panels[2].legend()
@@ -138,8 +136,9 @@ def remove_directions(name: str, mean: Tensor, directions: Tensor) -> dict[str, 
 @claim("of all that layer 1's heads write one number a position is enough", None, 25, 3)
 def claim_one_knob(study: Study) -> Finding:
     """What all heads of layer 1 write is reduced to its mean at each position and one number along the first
-    principal direction (of other sequences). The MSE grows at most twofold, without that number tenfold or
-    more, with one number only for layers 0 and 2 more than twofold; partly if fourfold, and five times that."""
+    principal direction (of other sequences). The MSE grows at most twofold, without that number at least
+    tenfold, with only one for layers 0 and 2 more than twofold; partly at most fourfold and, without it, at
+    least five times as much."""
 
     def errors(layer: int, change, count: int | None = None) -> Tensor:
         mean, directions, _ = main_directions(study, layer)
@@ -152,7 +151,7 @@ def claim_one_knob(study: Study) -> Finding:
     W_U = torch.linalg.qr(study.model.unembed.W_U).Q
     for l in study.layers:
         _, directions, shares = main_directions(study, l)
-        values |= {f"layer {l}: share of the variance along the first three": shares[:3],
+        values |= {f"layer {l}: shares of the variance": shares[:3],
                    f"layer {l}: cosine of the first with what W_U reads": (directions[0] @ W_U).norm()}
     how = verdict(one <= 2 and without >= 10 and min(others) > 2, one <= 4 and without >= 5 * one)
     return Finding(one, how, values)
@@ -215,15 +214,15 @@ def claim_knob(study: Study) -> Finding:
     and more than those of any other of positions 0 to 4, or of 5 to 13 together; and at least half follows
     the sizes of the vectors up to it, seen through it alone (measured). Partly if only the first."""
     s, shares = favourite_source(study), knob_shares(study, "decaying and growing")
-    own = f"key and value of position {s}"
-    read, size = shares[own], shares[f"sizes of $a_0$ to $a_{s}$ there"]
+    own, sizes = f"key and value of position {s}", f"sizes of $a_0$ to $a_{s}$ there"
+    read, size = shares[own], shares[sizes]
     rivals = [both for name, both in shares.items() if name.startswith("key") and name != own]
     first = all(read[i] >= max(0.5, *(rival[i] for rival in rivals)) for i in (0, 1))
     values = {"favourite position": s}
     for ranges in RANGES:
         shares = knob_shares(study, ranges)
         values |= {f"{ranges}: {name.replace('$', '')}": both for name, both in shares.items()}
-        pairs = zip(shares[f"sizes of $a_0$ to $a_{s}$ there"], shares["all that its heads read"])
+        pairs = zip(shares[sizes], shares["all that its heads read"])
         values[f"{ranges}: sizes, share of all that the heads read"] = [part / whole for part, whole in pairs]
     return Finding(size, verdict(first and min(size) >= 0.5, first), values | left(study) | put_in(study))
 
@@ -245,7 +244,7 @@ def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict[str, interventi
 
 
 def put_layer_0(study: Study, x: Tensor) -> dict[str, interventions.Hook]:
-    """A hook that gives the stream after layer 0 the data of the scalars, in what W_U reads, less the mean."""
+    """A hook that gives the stream after layer 0 the scalars' data in what W_U reads, but for the mean."""
     cache, (kappa, slopes), W_U = look(study, x), scalars(study), study.model.unembed.W_U
     held = source_factors(cache, kappa[:1], slopes[:1]) * cache[SCALE] @ x
 

@@ -67,7 +67,7 @@ def filtered(x: Tensor) -> Tensor:
 
 @functools.cache
 def errors(study: Study) -> dict[str, Tensor]:
-    """Squared errors of the PREDICTORS, an entry a sequence and position from 2 on, and its position and c."""
+    """Squared errors of the PREDICTORS, an entry a sequence and position from 2 on; its position and c."""
     seed, d_vocab = study.generator("mechanism").initial_seed(), study.model.config.d_vocab
     count, columns = max(2, TESTED * study.size // analyze.POPULATION), []
     for sample in data.held_out(count, seed, d_vocab=d_vocab):
@@ -123,8 +123,8 @@ def figure_errors(study: Study):
 
 
 # ---------- Source weights, read off the model ----------
-# A predictor that commutes with rotations is a sum of w_s a_s, w_s functions of inner products. Moving one a_s
-# by a small v off the plane of the sequence changes none to first order: the output moves by w_s v.
+# A predictor that commutes with rotations is a sum of w_s a_s, w_s functions of inner products. Moving a_s by
+# a small v off the plane of the sequence changes none to first order: the output moves by w_s v.
 
 
 def off_plane(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -183,8 +183,7 @@ def claim_source_weights(study: Study) -> Finding:
     to 1.5; partly at least 0.8."""
     weights = read_weights(study)
     least = weights.explained[weights.c.abs() <= 1.5].min()
-    values = {"c": weights.c, "lowest, |c| up to 1.5": least}
-    return Finding(weights.explained, verdict(least >= 0.95, least >= 0.8), values)
+    return Finding(weights.explained, verdict(least >= 0.95, least >= 0.8), {"c": weights.c, "least": least})
 
 
 @claim("two steps at once, blind to the sign of c: what a fixed filter does too", None, 23)
@@ -311,7 +310,7 @@ def mean_looks(study: Study, length: int) -> dict[str, Tensor]:
 
 
 def predictions(study: Study, kind: str) -> dict[str, Tensor]:
-    """What the 27 numbers and others predict, [batch, pos, d_vocab]; "shuffled" has a permutation in front."""
+    """What the 27 numbers and others predict, [batch, pos, d_vocab]; "shuffled" [permutation, batch, ..]."""
     x, truth = kinds(study)[kind]
     cache, (kappa, slopes), means = look(study, x), scalars(study), mean_looks(study, x.shape[1])
     predict, g = functools.partial(scalar_transformer, cache, slopes=slopes, x=x), study.generator("shuffles")
@@ -330,8 +329,8 @@ def predictions(study: Study, kind: str) -> dict[str, Tensor]:
 
 @functools.cache
 def scores(study: Study, kind: str) -> dict[str, list[float]]:
-    """[share of the model's output, of its error] that each of `predictions` explains, from position 4 on (of 4
-    inputs from 2); "shuffled": the first's mean and deviation; "model": what it leaves of the truth."""
+    """[share of the model's output, of its error] that each of `predictions` explains, from position 4 on (4
+    inputs: 2); "shuffled": mean and deviation of the first; "model": what it leaves of the truth."""
     x, truth = kinds(study)[kind]
     first = 4 if x.shape[1] > 4 else FIRST_POSITION
     output, truth = study.model(x)[:, first:], truth[:, first:]

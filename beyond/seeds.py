@@ -103,7 +103,7 @@ def draw_claims(runs: dict[str, dict], of_paper: bool):
                     if isinstance(claim["paper"], float):
                         axes.axhline(claim["paper"], color="0.6", ls="--", lw=0.8, zorder=0)
                 x += 1
-            axes.axvspan(begin - 0.5, x - 0.5, color="0.95" if begin else "white", zorder=0)
+            axes.axvspan(begin - 0.5, x - 0.5, color="0.95" if begin else "white", zorder=-1)
             x += 0.5
         if "MSE" in any_run(runs, name)["claim"]:
             axes.set_yscale("log")
@@ -124,6 +124,21 @@ def counts(group: dict[str, dict], name: str) -> str:
     """In how many runs a claim is reproduced / partly / not."""
     verdicts = [found["claims"][name]["verdict"] for found in group.values() if name in found["claims"]]
     return " / ".join(str(verdicts.count(verdict)) for verdict in VERDICTS) if verdicts else "-"
+
+
+def cell(group: dict[str, dict], name: str) -> str:
+    """What was measured in a table cell, a number a run, or in how many heads a claim holds."""
+    found = [run["claims"][name] for run in group.values() if name in run["claims"]]
+    if found and "heads that do" in found[0]["values"]:
+        return f"{', '.join(str(claim['values']['heads that do']) for claim in found)} of 8"
+    return ", ".join(f"{claim['measured']:.3g}" for claim in found if isinstance(claim["measured"], float)) or "-"
+
+
+def words(group: dict[str, dict], name: str) -> str:
+    """The verdicts of a setting's runs in words, one where they agree."""
+    short_words = {"reproduced": "yes", "partly": "partly", "not reproduced": "no"}
+    verdicts = [short_words[run["claims"][name]["verdict"]] for run in group.values() if name in run["claims"]]
+    return (verdicts[0] if len(set(verdicts)) == 1 else ", ".join(verdicts)) if verdicts else "-"
 
 
 def markdown(runs: dict[str, dict]) -> str:
