@@ -53,7 +53,7 @@ FEW = 100  # test sequences for interventions in single heads and for those that
 QK_DRAWS = 5  # random matrices for each arm of the pseudoinverse test
 RESAMPLES = 400  # of each bootstrap
 SCALE = "ln_final.hook_scale"
-LOSS_FROM_0 = os.path.join(HERE, "figures", "loss_from_0.json")  # what --all writes of such a run
+LOSS_FROM_0 = os.path.join(HERE, "figures", "loss_from_0.json")  # copied from such a run's figures/
 
 
 # ---------- Claims, figures and the Study ----------
@@ -117,7 +117,7 @@ class Study:
 
     def __init__(self, transformer: Transformer, size: int, log: dict[str, np.ndarray], settings: dict):
         self.model = fold(transformer).requires_grad_(False)
-        self.size, self.log, self.settings = size, log, settings
+        self.size, self.log, self.settings, self.meta = size, log, settings, {}
         self.layers, self.heads = range(self.model.config.n_layers), range(self.model.config.n_heads)
         self.population = self.draw("population")  # the sequences on which activations are averaged
         self.test = self.draw("test")  # other sequences, on which interventions are judged
@@ -140,7 +140,7 @@ class Study:
     def untrained(self) -> "Study":
         """The same study of a freshly initialised model, on fewer sequences."""
         fresh = Transformer(self.model.config, self.generator("untrained"))
-        return Study(fresh, UNTRAINED, self.log, self.settings)
+        return Study(fresh, UNTRAINED, {}, self.settings)
 
     def record(self, x: Tensor, *names: str) -> dict[str, Tensor]:
         """Activations on inputs x; the output is under "output"."""
@@ -198,7 +198,9 @@ def open_study(run: str, step: int | None = None) -> Study:
     if settings.get("task", "affine") != "affine":
         raise ValueError(f"{run} learnt {settings['task']}, not affine: see python -m beyond.recurrences")
     from_settings(settings)  # refuses values out of their range
-    study = Study(load_weights(path), POPULATION, read_log(os.path.join(run, "log.csv")), settings)
+    log = read_log(os.path.join(run, "log.csv"))
+    rows = len(log["step"]) if step is None else max(1, (log["step"] <= step).sum())  # those of the weights
+    study = Study(load_weights(path), POPULATION, {name: v[:rows] for name, v in log.items()}, settings)
     samples = {"population": POPULATION, "held out, per length": HELD_OUT_PER_LENGTH, "few": FEW}
     versions = {module.__name__: module.__version__ for module in (torch, np, matplotlib)}
     study.meta = {"weights": f"{os.path.basename(os.path.abspath(run))}/{file}", "sha256": study.model.sha256,
@@ -319,10 +321,11 @@ def mse_summary(study: Study) -> dict[str, object]:
         errors.append(left[:, FIRST_POSITION:].pow(2).mean(-1))  # [per_length, length - 2]
     of_length = torch.stack([e.mean(1) for e in errors], 1)  # [per_length, lengths]
     by_position = [torch.cat([e[:, n] for e in errors if n < e.shape[1]]).mean() for n in range(len(errors))]
-    last = study.log["eval_mse"][-20:]
-    return {"mse": of_length.mean(), "interval": interval(of_length), "sequences": of_length.numel(),
-            "by length, 3 to 14": of_length.mean(0), "by position, 2 to 13": by_position,
-            "last 20 evaluations": last.mean(), "lowest and highest of them": [last.min(), last.max()]}
+    found = {"mse": of_length.mean(), "interval": interval(of_length), "sequences": of_length.numel(),
+             "by length, 3 to 14": of_length.mean(0), "by position, 2 to 13": by_position}
+    last = study.log.get("eval_mse", np.empty(0))[-20:]
+    late = {"last 20 evaluations": last.mean(), "their range": np.ptp(last)} if len(last) else {}
+    return found | late
 
 
 @claim("MSE after training", 1e-4, 2)
@@ -345,14 +348,14 @@ def claim_all_positions(study: Study) -> Finding | None:
     """MSE over the predictions of a_3 and later of a run with --loss-from 0, else of the same settings.
     Worse: above this run's interval at the last step, and above this run's as a mean over the last 20
     evaluations; partly if only one of the two. Left out without such a run."""
-    if not os.path.exists(LOSS_FROM_0):
+    if study.settings.get("loss_from") == 0 or not os.path.exists(LOSS_FROM_0):
         return None
     other, ours = load_file(LOSS_FROM_0, "results of a run with --loss-from 0")[0], mse_summary(study)
-    if other["config"] | {"loss_from": 0} != study.settings | {"loss_from": 0}:
+    if from_settings(other["config"] | {"loss_from": 0}) != from_settings(study.settings | {"loss_from": 0}):
         return None
     late, by_position = "last 20 evaluations", "by position, 2 to 13"
-    worse, worse_late = other["mse"] > ours["interval"][1], other[late] > ours[late]
-    values = {"loss from a_3 on": ours["mse"], f"{late}, all pairs and from a_3": [other[late], ours[late]],
+    worse, worse_late = other["mse"] > ours["interval"][1], other[late] > ours.get(late, torch.inf)
+    values = {"loss from a_3 on": ours["mse"], f"{late}, all pairs and from a_3": [other[late], ours.get(late)],
               f"{by_position}, all pairs and from a_3": [other[by_position], ours[by_position]]}
     how = verdict(worse and worse_late, worse or worse_late)
     return Finding(other["mse"], how, values, other["interval"])
@@ -406,7 +409,8 @@ def claim_l0_prev_token(study: Study) -> Finding:
     heads but at most one; partly in more than half of the heads."""
     score, n_heads = previous_token_score(study.activations["blocks.0.attn.hook_pattern"]), len(study.heads)
     heads = int((score > 0.5).sum())
-    return Finding(score, verdict(heads >= n_heads - 1, heads > n_heads / 2), {"heads that do": heads})
+    how = verdict(heads >= max(n_heads - 1, 1), heads > n_heads / 2)
+    return Finding(score, how, {"heads that do": heads})
 
 
 @claim("most layer 1 heads attend to the second vector", "most", 4, 2)
@@ -545,8 +549,8 @@ def claim_dla_sign(study: Study) -> Finding:
 
 @claim("layer 1's heads write to the orthogonal complement of the embedding space", "yes", 7, 2)
 def claim_l1_orthogonal(study: Study) -> Finding:
-    """Share of the norm of what layer 1's heads write together outside the span of W_E, mean. At least 0.95,
-    far beyond a random direction's; partly if that is so of W_U, which makes effects "less apparent"."""
+    """Share of the norm of what layer 1's heads write together outside the span of W_E, mean. At least 0.95;
+    partly if that is so of W_U, which makes effects "less apparent"."""
     written, x = study.activations["blocks.1.attn.hook_result"].sum(2), random_vectors(study)
     W_E, W_U = study.model.embed.W_E, study.model.unembed.W_U.T
     outside, outside_W_U = outside_share(written, W_E), outside_share(written, W_U).mean()
@@ -599,8 +603,8 @@ def read_and_written(study: Study, resid: Tensor) -> tuple[Tensor, Tensor]:
 def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Slope, intercept and R^2 of what the OV circuits of layer 0 make of vectors, a line a vector, {reading:
     three tensors [batch, pos]}. The measured reading, "data vectors", is the points (a_d, (ln1(x) OV W_U)_d);
-    it is nan for vectors shorter than 1, which after ln1 are mostly position embedding, and so are "head h"
-    and "all of layer 0", unembedded, against a_{n-1}."""
+    "head h" is its part. Both are nan for vectors shorter than 1, which after ln1 are mostly position
+    embedding, and so is "all of layer 0", the stream after it unembedded, against a_{n-1}."""
     model, a, resid = study.model, study.population.a[:, :-1], study.activations["blocks.0.hook_resid_pre"]
     ov, W_U, after = ov_circuit(model, 0), model.unembed.W_U, "blocks.0.hook_resid_post"
     normalised = study.activations["blocks.0.ln1.hook_normalized"]
@@ -1142,8 +1146,9 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 def markdown(catalogue: Catalogue, results: dict) -> str:
     """The report: a table of the claims, then each with its rule, its picture (once) and its values."""
     rows, details = [], []
+    layers = results["meta"].get("config", {}).get("n_layers", 3)
     pictures = {number: f"![{entry.text}]({catalogue.file(number)})"
-                for number, entry in sorted(catalogue.figures.items())}
+                for number, entry in sorted(catalogue.figures.items()) if entry.layers <= layers}
     for name, found in results["claims"].items():
         fresh, ends = found["untrained"], " to ".join(map(short, found["interval"] or ()))
         rows.append([f"[`{name}`](#{name}) {found['claim']}", short(found["paper"] or "(ours)"),
@@ -1175,7 +1180,7 @@ def measure(entry: Entry, study: Study) -> dict | None:
     untrained = {"verdict": fresh.verdict, "values": {"measured": fresh.measured} | fresh.values}
     return plain({"claim": entry.text, "paper": entry.paper, "measured": found.measured,
                   "interval": found.interval, "values": found.values, "verdict": found.verdict,
-                  "why": " ".join(entry.function.__doc__.split()), "untrained": untrained})
+                  "why": " ".join((entry.function.__doc__ or "").split()), "untrained": untrained})
 
 
 def analyse(catalogue: Catalogue, study: Study, out: str, wanted: list[int] | None, name: str):

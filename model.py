@@ -392,7 +392,7 @@ def load_file(path: str, what: str) -> tuple[dict, str]:
     try:
         with open(path, "rb") as f:
             content = f.read()
-        if path.endswith(".json"):
+        if str(path).endswith(".json"):
             value = json.loads(content)
         else:
             value = torch.load(io.BytesIO(content), "cpu", weights_only=True)
@@ -430,10 +430,10 @@ def load_weights(path: str) -> Transformer:
     model = Transformer(Config(**{f.name: settings[f.name] for f in fields(Config) if f.name in settings}))
     try:
         model.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         trouble = textwrap.shorten(str(error).split("\n\t", 1)[-1], 150)
         raise ValueError(f"{path} is of another model than its config.json says: {trouble}") from error
-    for name, value in state.items():
+    for name, value in model.state_dict().items():
         if not value.isfinite().all():
             raise ValueError(f"{path} holds values in {name} that are not finite")
     model.sha256 = sha256

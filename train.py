@@ -7,7 +7,7 @@
 
 The run folder gets config.json (all settings), log.csv (step, loss: mean since the row before, eval_mse: on
 the fixed held-out set, seconds), weights.pt (the state dict), checkpoint.pt (all that resuming needs) and,
-with --keep-steps, steps/00001000.pt and so on. They are written with the rows of the log: a run that was
+with --keep-steps, steps/00001000.pt and so on. Checkpoints are written with rows of the log: a run that was
 killed, or stopped by Ctrl-C, goes on from the last and ends, on the same machine, with the same bits.
 """
 
@@ -206,13 +206,13 @@ def is_kept(step: int) -> bool:
 
 
 def train(run: Run):
-    """Train until `options.steps`, saving with the rows of the log. FloatingPointError, and nothing more is
-    saved, if a loss since the last row is not finite; OSError where a file cannot be written."""
+    """Train until `options.steps`, saving with the rows of the log. FloatingPointError, and no checkpoint, if
+    a loss since the last row is not finite; OSError where a file cannot be written."""
     options, d_vocab = run.options, run.model.config.d_vocab
     held_out = data.held_out(HELD_OUT_PER_LENGTH, device=options.device, d_vocab=d_vocab, task=options.task)
     if run.captures:
         run.capture()
-    losses, row = torch.empty(options.eval_every, device=options.device), ""
+    losses, row = torch.empty(min(options.eval_every, options.steps), device=options.device), ""
     first, start = run.done, time.perf_counter()
     last_row, row_time, save_time, shown = first, start, start, start
     while run.done < options.steps:
@@ -255,7 +255,7 @@ def progress(text: str, stay: bool = False):
     """A line on a terminal that is rewritten as work goes on; elsewhere, only what is to `stay`."""
     if sys.stderr.isatty():
         text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be rewritten
-        say(f"\r{text}\x1b[K", sys.stderr, end="")
+        say(f"\r{text}\x1b[K", sys.stderr, end="\n" if stay else "")
     elif stay:
         say(text)
 

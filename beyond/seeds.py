@@ -29,8 +29,8 @@ VERDICTS = {"reproduced": TRUTH, "partly": MODEL, "not reproduced": LENS}  # and
 
 
 def read_run(run: str) -> dict:
-    """{"meta", "claims"} of a run, the claims of both files together. FileNotFoundError without results.json,
-    ValueError for a damaged one or two of unlike weights."""
+    """{"meta", "claims"} of a run, of both files. FileNotFoundError without results.json, ValueError for a
+    damaged one or two of unlike weights."""
     folders = [Path(run) / "figures"] * 2
     if Path(run).resolve() == HERE.parent / "weights":
         folders = [HERE.parent / "figures", HERE / "figures"]
@@ -47,8 +47,7 @@ def read_run(run: str) -> dict:
 
 
 def setting(found: dict) -> str:
-    """What a run was trained with, as far as it is unlike the paper's: activation and initialisation, and the
-    step where it is not the last of 100,000."""
+    """Activation, initialisation and what else of a run is unlike the paper's."""
     meta = found["meta"]
     config = {"act_fn": "relu", "initializer_range": 0.02} | meta["config"]
     name = f"{config['act_fn']}, N(0, {config['initializer_range']:.3g})"
@@ -64,11 +63,6 @@ def by_setting(runs: dict[str, dict]) -> dict[str, dict[str, dict]]:
     for name, found in runs.items():
         groups.setdefault(setting(found), {})[name] = found
     return dict(sorted(groups.items(), key=lambda group: -len(group[1])))
-
-
-def numbers(measured) -> np.ndarray:
-    """A measured number, list or [layer][head] as one row."""
-    return np.ravel(np.array(measured, dtype=float))
 
 
 def claim_names(runs: dict[str, dict], of_paper: bool) -> list[str]:
@@ -98,7 +92,7 @@ def draw_claims(runs: dict[str, dict], of_paper: bool):
             for found in group.values():
                 if name in found["claims"]:
                     claim = found["claims"][name]
-                    y, color = numbers(claim["measured"]), VERDICTS[claim["verdict"]]
+                    y, color = np.ravel(claim["measured"]), VERDICTS[claim["verdict"]]
                     axes.plot([x] * len(y), y, "o", ms=3.5, mec="none", alpha=0.8, color=color)
                     if isinstance(claim["paper"], float):
                         axes.axhline(claim["paper"], color="0.6", ls="--", lw=0.8, zorder=0)
@@ -120,43 +114,39 @@ def draw_claims(runs: dict[str, dict], of_paper: bool):
     return canvas
 
 
-def counts(group: dict[str, dict], name: str) -> str:
-    """In how many runs a claim is reproduced / partly / not."""
-    verdicts = [found["claims"][name]["verdict"] for found in group.values() if name in found["claims"]]
-    return " / ".join(str(verdicts.count(verdict)) for verdict in VERDICTS) if verdicts else "-"
-
-
 def cell(group: dict[str, dict], name: str) -> str:
     """What was measured in a table cell, a number a run, or in how many heads a claim holds."""
     found = [run["claims"][name] for run in group.values() if name in run["claims"]]
     if found and "heads that do" in found[0]["values"]:
         return f"{', '.join(str(claim['values']['heads that do']) for claim in found)} of 8"
-    return ", ".join(f"{claim['measured']:.3g}" for claim in found if isinstance(claim["measured"], float)) or "-"
+    numbers = [claim["measured"] for claim in found if isinstance(claim["measured"], float)]
+    return ", ".join(f"{number:.3g}" for number in numbers) or "-"
 
 
 def words(group: dict[str, dict], name: str) -> str:
     """The verdicts of a setting's runs in words, one where they agree."""
     short_words = {"reproduced": "yes", "partly": "partly", "not reproduced": "no"}
-    verdicts = [short_words[run["claims"][name]["verdict"]] for run in group.values() if name in run["claims"]]
-    return (verdicts[0] if len(set(verdicts)) == 1 else ", ".join(verdicts)) if verdicts else "-"
+    claims = [run["claims"][name] for run in group.values() if name in run["claims"]]
+    verdicts = [short_words[claim["verdict"]] for claim in claims]
+    return ", ".join(verdicts[:1] if len(set(verdicts)) == 1 else verdicts) or "-"
 
 
 def markdown(runs: dict[str, dict]) -> str:
     """seeds.md: verdicts by setting, then what was measured, run by run (a mean, where it is by head)."""
     groups = by_setting(runs)
     lines = ["# Runs beside one another", "", "Written by `python -m beyond.seeds`; values: `seeds.json`.",
-             "Verdicts: in how many runs reproduced / partly / not.", ""]
+             "Does a claim hold? In the order of the runs, or once where they agree.", ""]
     for of_paper, title in ((True, "The paper's claims"), (False, "Ours")):
         names = claim_names(runs, of_paper)
         rows = []
         for name in names:
             first = any_run(runs, name)
-            cells = [counts(group, name) for group in groups.values()]
+            cells = [words(group, name) for group in groups.values()]
             rows.append([f"`{name}` {first['claim']}", short(first["paper"] or "-"), *cells])
         lines += [f"## {title}", "", *table(["claim", "paper", *groups], rows), ""]
         rows = []
         for name in names:
-            means = [np.mean(numbers(found["claims"][name]["measured"])) if name in found["claims"] else "-"
+            means = [np.mean(found["claims"][name]["measured"]) if name in found["claims"] else "-"
                      for found in runs.values()]
             rows.append([f"`{name}`", *(short(plain(mean)) for mean in means)])
         lines += ["Measured, means where it is by head or position:", "", *table(["claim", *runs], rows), ""]

