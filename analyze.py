@@ -198,9 +198,9 @@ def open_study(run: str, step: int | None = None) -> Study:
     if settings.get("task", "affine") != "affine":
         raise ValueError(f"{run} learnt {settings['task']}, not affine: see python -m beyond.recurrences")
     from_settings(settings)  # refuses values out of their range
-    log = read_log(os.path.join(run, "log.csv"))
-    rows = len(log["step"]) if step is None else max(1, (log["step"] <= step).sum())  # those of the weights
-    study = Study(load_weights(path), POPULATION, {name: v[:rows] for name, v in log.items()}, settings)
+    transformer, log = load_weights(path), read_log(os.path.join(run, "log.csv"))
+    rows = max(1, (log["step"] <= (torch.inf if step is None else step)).sum())  # up to these weights
+    study = Study(transformer, POPULATION, {name: v[:rows] for name, v in log.items()}, settings)
     samples = {"population": POPULATION, "held out, per length": HELD_OUT_PER_LENGTH, "few": FEW}
     versions = {module.__name__: module.__version__ for module in (torch, np, matplotlib)}
     study.meta = {"weights": f"{os.path.basename(os.path.abspath(run))}/{file}", "sha256": study.model.sha256,
@@ -324,8 +324,7 @@ def mse_summary(study: Study) -> dict[str, object]:
     found = {"mse": of_length.mean(), "interval": interval(of_length), "sequences": of_length.numel(),
              "by length, 3 to 14": of_length.mean(0), "by position, 2 to 13": by_position}
     last = study.log.get("eval_mse", np.empty(0))[-20:]
-    late = {"last 20 evaluations": last.mean(), "their range": np.ptp(last)} if len(last) else {}
-    return found | late
+    return found | ({"last 20 evaluations": last.mean(), "their range": np.ptp(last)} if len(last) else {})
 
 
 @claim("MSE after training", 1e-4, 2)
@@ -337,7 +336,7 @@ def claim_mse(study: Study) -> Finding:
     mse, fourteen = found["mse"], squared_errors(study.activations["output"], target)
     solved = data.solve_recurrence(study.population.a[:, :-1]) - target[:, FIRST_POSITION:]
     values = {"14 inputs": fourteen.mean(), "14 inputs, interval": interval(fourteen),
-              "14 inputs, predicting 0": squared_errors(torch.zeros_like(target), target).mean(),
+              "14 inputs, predicting 0": squared_errors(0 * target, target).mean(),
               "14 inputs, exact solver": solved.pow(2).mean()}
     values |= {name: value for name, value in found.items() if name not in ("mse", "interval")}
     return Finding(mse, verdict(mse <= 2e-4, mse <= 1e-3), values, found["interval"])
@@ -355,10 +354,10 @@ def claim_all_positions(study: Study) -> Finding | None:
         return None
     late, by_position = "last 20 evaluations", "by position, 2 to 13"
     worse, worse_late = other["mse"] > ours["interval"][1], other[late] > ours.get(late, torch.inf)
-    values = {"loss from a_3 on": ours["mse"], f"{late}, all pairs and from a_3": [other[late], ours.get(late)],
-              f"{by_position}, all pairs and from a_3": [other[by_position], ours[by_position]]}
-    how = verdict(worse and worse_late, worse or worse_late)
-    return Finding(other["mse"], how, values, other["interval"])
+    values = {"loss from a_3 on": ours["mse"], f"{late}: all pairs, from a_3": [other[late], ours.get(late)],
+              f"{by_position}: all pairs, from a_3": [other[by_position], ours[by_position]]}
+    both, either = worse and worse_late, worse or worse_late
+    return Finding(other["mse"], verdict(both, either), values, other["interval"])
 
 
 @figure(2, "loss against step")
@@ -367,8 +366,8 @@ def figure_loss(study: Study):
     log, found = study.log, mse_summary(study)
     axes.semilogy(log["step"], log["loss"], color="0.6", label="training loss, mean since the row before")
     axes.semilogy(log["step"], log["eval_mse"], color=MODEL, label="MSE on 1,536 held-out sequences")
-    axes.plot(log["step"][-1], found["mse"], "o", color="black", ms=4,
-              label=f"MSE of the last step on {found['sequences']:,} others: {found['mse']:.2e}")
+    label = f"MSE of the last step on {found['sequences']:,} others: {found['mse']:.2e}"
+    axes.plot(log["step"][-1], found["mse"], "o", color="black", ms=4, label=label)
     axes.axhline(1e-4, color=TRUTH, ls="--", label="paper: 0.0001")
     axes.set(xlabel="step", ylabel="mean squared error", title="the MSE goes up and down by a factor of two")
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -407,10 +406,9 @@ def alternation(pattern: Tensor) -> dict[str, Tensor]:
 def claim_l0_prev_token(study: Study) -> Finding:
     """Attention from positions 1 to 13 to the one before, by head. More than half of the attention in all
     heads but at most one; partly in more than half of the heads."""
-    score, n_heads = previous_token_score(study.activations["blocks.0.attn.hook_pattern"]), len(study.heads)
+    score, half = previous_token_score(study.activations["blocks.0.attn.hook_pattern"]), len(study.heads) / 2
     heads = int((score > 0.5).sum())
-    how = verdict(heads >= max(n_heads - 1, 1), heads > n_heads / 2)
-    return Finding(score, how, {"heads that do": heads})
+    return Finding(score, verdict(heads >= max(2 * half - 1, 1), heads > half), {"heads that do": heads})
 
 
 @claim("most layer 1 heads attend to the second vector", "most", 4, 2)
@@ -493,8 +491,8 @@ def figure_attention_example(study: Study):
     pattern = study.activations["blocks.0.attn.hook_pattern"][:1, :, :8, :8]
     head = int(previous_token_score(pattern).argmax())
     canvas, axes = grid(1, 1, 5.4, 4.4, f"An attention pattern: layer 0, head {head}, one sequence")
-    heat(axes, pattern[0, head], "each row sums to 1; the future is masked", None, "source position",
-         "destination position", "attention")
+    labels = "each row sums to 1; the future is masked", None, "source position", "destination position"
+    heat(axes, pattern[0, head], *labels, "attention")
     return canvas
 
 
@@ -549,8 +547,8 @@ def claim_dla_sign(study: Study) -> Finding:
 
 @claim("layer 1's heads write to the orthogonal complement of the embedding space", "yes", 7, 2)
 def claim_l1_orthogonal(study: Study) -> Finding:
-    """Share of the norm of what layer 1's heads write together outside the span of W_E, mean. At least 0.95;
-    partly if that is so of W_U, which makes effects "less apparent"."""
+    """Mean share of the norm of what layer 1's heads write outside the span of W_E. At least 0.95; partly if
+    that of what they write outside the span of W_U is, which makes their effects "less apparent"."""
     written, x = study.activations["blocks.1.attn.hook_result"].sum(2), random_vectors(study)
     W_E, W_U = study.model.embed.W_E, study.model.unembed.W_U.T
     outside, outside_W_U = outside_share(written, W_E), outside_share(written, W_U).mean()
@@ -696,8 +694,7 @@ def scatter_fit(axes, x: Tensor, y: Tensor, title: str, xlabel: str, ylabel: str
 def figure_ov_layer_0_resid(study: Study):
     """The vector of median slope in two readings, and the slopes of all in the first, see `ov_fits`."""
     slope = ov_fits(study)["data vectors"][0]
-    at_median = (slope == slope.nanmedian()).nonzero()[0]
-    resid = study.activations["blocks.0.hook_resid_pre"][tuple(at_median)]
+    resid = study.activations["blocks.0.hook_resid_pre"][slope == slope.nanmedian()][0]
     canvas, panels = grid(1, 3, 11, 3.6, "OV of layer 0 on residual stream vectors, heads summed")
     scatter_fit(panels[0], *read_and_written(study, resid), "between data coordinates; the vector of\n"
                 "median slope", "$(x\\,W_E^+)_d$", "$(\\ln_1(x)\\;OV\\;W_U)_d$")
@@ -714,9 +711,9 @@ def figure_ov_layer_0_resid(study: Study):
 @figure(9, "sum of the OV circuits of layer 0")
 def figure_ov_layer_0_sum(study: Study):
     canvas, panels = grid(1, 2, 10, 4.6, "Sum of the OV circuits over all heads of layer 0")
-    shown = (("$W_V W_O$, as in the paper", "residual stream", ov_circuit),
-             ("$W_E W_V W_O W_U$, between data vectors", "data", data_ov_circuit))
-    for axes, (title, name, circuit) in zip(panels, shown):
+    for axes, title, name, circuit in (
+            (panels[0], "$W_V W_O$, as in the paper", "residual stream", ov_circuit),
+            (panels[1], "$W_E W_V W_O W_U$, between data vectors", "data", data_ov_circuit)):
         matrix = circuit(study.model, 0).sum(0)
         heat(axes, matrix, f"{title}: cosine with I {identity_cosine(matrix):.2f}", matrix.abs().max(),
              f"written {name} dimension", f"read {name} dimension", "weight")
@@ -848,7 +845,6 @@ def measured_basis(study: Study) -> tuple[Tensor, float]:
 
 
 def identity_finding(study: Study, kind: str, sign: int) -> Finding:
-    """Of one kind of circuit of layer 2, `sign` times the identity."""
     (circuit, between_data, *_), n_heads = CIRCUITS[kind], len(study.heads)
     cosines = {f"layer {l}": identity_cosine(between_data(study.model, l)) for l in study.layers}
     measured, (D, r2), W_U = cosines.pop("layer 2"), measured_basis(study), study.model.unembed.W_U
@@ -1146,9 +1142,8 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 def markdown(catalogue: Catalogue, results: dict) -> str:
     """The report: a table of the claims, then each with its rule, its picture (once) and its values."""
     rows, details = [], []
-    layers = results["meta"].get("config", {}).get("n_layers", 3)
-    pictures = {number: f"![{entry.text}]({catalogue.file(number)})"
-                for number, entry in sorted(catalogue.figures.items()) if entry.layers <= layers}
+    layers, figures = results["meta"]["config"].get("n_layers", 3), sorted(catalogue.figures.items())
+    pictures = {n: f"![{entry.text}]({catalogue.file(n)})" for n, entry in figures if entry.layers <= layers}
     for name, found in results["claims"].items():
         fresh, ends = found["untrained"], " to ".join(map(short, found["interval"] or ()))
         rows.append([f"[`{name}`](#{name}) {found['claim']}", short(found["paper"] or "(ours)"),

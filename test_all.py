@@ -919,7 +919,8 @@ class Committed(TestCase):
             self.assertEqual((found["claim"], found["paper"], found["why"]), (claim.text, claim.paper, rule))
         with mock.patch.object(analyze, "POPULATION", 200):
             study = analyze.open_study(SHIPPED)
-        for name, tolerance in (("eigenvalue_score", 1e-3), ("l2_qk_identity", 1e-3), ("l0_prev_token", 0.02)):
+        tolerances = {"eigenvalue_score": 1e-3, "l2_qk_identity": 1e-3, "l0_prev_token": 0.02}
+        for name, tolerance in tolerances.items():
             again = torch.tensor(analyze.plain(analyze.PAPER.claims[name].function(study).measured))
             self.assertClose(again, torch.tensor(results["claims"][name]["measured"]), tolerance)
         for number in analyze.PAPER.figures:
