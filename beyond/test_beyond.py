@@ -1,10 +1,6 @@
 """What beyond/ relies on. `python -m unittest test_all` runs these too."""
 
-import contextlib
-import io
 import os
-import sys
-import tempfile
 import unittest
 from unittest import mock
 
@@ -19,40 +15,9 @@ import beyond.seeds as seeds
 import data
 import model
 import train
+from test_all import SHIPPED, TestCase, command, seeded
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SHIPPED = os.path.join(os.path.dirname(HERE), "weights")
-torch.set_num_threads(1)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def command(main, *arguments: str) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of a command line, without a new process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (mock.patch.object(sys, "argv", ["program.py", *arguments]),
-          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
-        try:
-            main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-            if isinstance(status, str):
-                print(status, file=sys.stderr)
-                status = 1
-    return status or 0, out.getvalue(), err.getvalue()
-
-
-class TestCase(unittest.TestCase):
-    def assertClose(self, a, b, tolerance):
-        self.assertLess((torch.as_tensor(a) - torch.as_tensor(b)).abs().max().item(), tolerance)
-
-    def folder(self) -> str:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        return folder.name
 
 
 def scalar_model() -> model.Transformer:
