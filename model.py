@@ -69,7 +69,7 @@ def check_settings(settings):
         value, least, choices = getattr(settings, f.name), f.metadata["least"], f.metadata["choices"]
         if f.type in (int, float):
             least = {int: 1, float: 1e-12}[f.type] if least is None else least
-            if type(value) not in (int, f.type) or not least <= value < math.inf:
+            if type(value) not in (int, f.type) or not least <= value < {int: 2**62, float: math.inf}[f.type]:
                 kind = {int: "whole", float: "finite"}[f.type]
                 raise ValueError(f"{f.name} must be a {kind} number of at least {least}, not {value!r}")
         elif choices and value not in choices:

@@ -26,8 +26,7 @@ import torch
 import data
 from model import Config, Transformer, check_settings, load_file, save, setting, settings_beside
 
-HELD_OUT_PER_LENGTH = 128  # 1,536 held-out sequences; measuring on them costs about 3% of the time
-SAVE_SECONDS = 2  # a row so soon after the last checkpoint, as on a GPU, gets none
+HELD_OUT_PER_LENGTH, SAVE_SECONDS = 128, 2  # 1,536 held-out sequences; the least time between checkpoints
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 
 
@@ -186,13 +185,14 @@ def open_run(settings: dict, resume: bool) -> Run:
             raise ValueError(f"{path} belongs to a run with {name} {begun[name]}, not {value}")
     run = Run(*from_settings(begun | settings))
     if resume:
-        if missing := sorted(run.state().keys() - state.keys()):
-            raise ValueError(f"{path} is no checkpoint of this train.py: it lacks {missing[0]!r}")
+        try:
+            run.load(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is no checkpoint of this train.py: {str(error)[:99]!r}") from error
         if state["device"] != run.options.device:  # with other random streams
             raise ValueError(f"{path} was written on {state['device']}: add --device {state['device']}")
-        if state["done"] > run.options.steps:
-            raise ValueError(f"{path} is at step {state['done']:,}, beyond --steps {run.options.steps:,}")
-        run.load(state)
+        if run.done > run.options.steps:
+            raise ValueError(f"{path} is at step {run.done:,}, beyond --steps {run.options.steps:,}")
     os.makedirs(os.path.join(out, "steps") if run.options.keep_steps else out, exist_ok=True)
     run.save()  # so that it can be resumed whenever it is killed, and a read-only folder shows now
     if run.options.keep_steps and not resume:
@@ -225,8 +225,8 @@ def train(run: Run):
             loss = losses[: run.done - last_row].double().mean().item()
             mse = data.evaluate(run.model, held_out, run.task.first)
             if not math.isfinite(loss + mse):
-                then = "the last checkpoint is kept; try a smaller --lr"
-                raise FloatingPointError(f"the loss is not finite at or before step {run.done:,}: {then}")
+                raise FloatingPointError(f"the loss is not finite at or before step {run.done:,}: the last "
+                                         "checkpoint is kept; try a smaller --lr with another --out")
             now = time.perf_counter()
             run.seconds, row_time, last_row = run.seconds + now - row_time, now, run.done
             run.log += f"{run.done},{loss:.8g},{mse:.8g},{run.seconds:.1f}\n"
@@ -244,7 +244,7 @@ def say(text: str, stream=None, end: str = "\n"):
     """Print a line. What cannot be printed, or has no reader any more, is lost and nothing else."""
     stream = stream or sys.stdout
     try:
-        encoding = stream.encoding or "utf-8"
+        encoding = getattr(stream, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream, flush=True)
     except OSError:
         with contextlib.suppress(OSError, ValueError):  # what Python still holds for it goes nowhere
@@ -253,7 +253,7 @@ def say(text: str, stream=None, end: str = "\n"):
 
 def progress(text: str, stay: bool = False):
     """A line on a terminal that is rewritten as work goes on; elsewhere, only what is to `stay`."""
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be rewritten
         say(f"\r{text}\x1b[K", sys.stderr, end="\n" if stay else "")
     elif stay:
@@ -286,14 +286,14 @@ def main(arguments: list[str] | None = None, task: str = "affine"):
     try:
         run = open_run(given, resume)
         train(run)
-    except (OSError, ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, FloatingPointError, RuntimeError) as error:  # that of too little memory
         sys.exit(f"{parser.prog}: error: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         if run:
             saved = load_file(os.path.join(run.options.out, "checkpoint.pt"), "checkpoint")[0]["done"]
             say(f"\nstopped; --resume goes on from step {saved:,}")
         sys.exit(130)
-    say(f"{run.done:,} steps in {run.seconds / 60:.1f} min; python analyze.py --all --run {run.options.out}")
+    say(f"{run.done:,} steps in {run.seconds / 60:.1f} min, in {run.options.out}")
 
 
 if __name__ == "__main__":

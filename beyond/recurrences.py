@@ -183,9 +183,9 @@ def compare(runs: list[str], out: str):
 def main():
     parser = train.command_line(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", add_help=False, usage=argparse.SUPPRESS)
+    training = commands.add_parser("train", prog="train", add_help=False, usage=argparse.SUPPRESS)
     training.add_argument("task", choices=list(data.TASKS))
-    comparing = commands.add_parser("compare", usage=argparse.SUPPRESS)
+    comparing = commands.add_parser("compare", prog="compare", usage=argparse.SUPPRESS)
     comparing.add_argument("runs", nargs="+", metavar="RUN")
     comparing.add_argument("--out", default=os.path.join(HERE, "figures"), metavar="DIR")
     given, rest = parser.parse_known_args()

@@ -77,8 +77,7 @@ def any_run(runs: dict[str, dict], name: str) -> dict:
 
 
 def draw_claims(runs: dict[str, dict], of_paper: bool):
-    """A panel for each claim: what was measured, a column of dots a run (a dot a head, where it is by head),
-    coloured by verdict, settings apart."""
+    """A panel for each claim: what was measured, a column of dots a run, coloured by verdict."""
     names, groups = claim_names(runs, of_paper), by_setting(runs)
     columns = 5 if of_paper else 4
     rows = -(-(len(names) + 1) // columns)
@@ -160,17 +159,20 @@ def main():
     given = parser.parse_args()
     try:
         runs = {os.path.join(*Path(run).parts[-2:]): read_run(run) for run in given.runs}
+        text = markdown(runs)  # before anything is written
         os.makedirs(given.out, exist_ok=True)
         save({"runs": runs}, os.path.join(given.out, "seeds.json"))
-        save(markdown(runs), os.path.join(given.out, "seeds.md"))
+        save(text, os.path.join(given.out, "seeds.md"))
         for of_paper, name in ((True, "seeds_paper.png"), (False, "seeds_ours.png")):
             if claim_names(runs, of_paper):
                 buffer = io.BytesIO()
                 with matplotlib.style.context(["default", STYLE]):
                     draw_claims(runs, of_paper).savefig(buffer, format="png")
                 save(buffer.getvalue(), os.path.join(given.out, name))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        sys.exit(f"{parser.prog}: error: a file is not as the two commands write it: {error!r}")
     say(f"{len(runs)} runs beside one another in {given.out}")
 
 
