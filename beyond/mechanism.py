@@ -465,7 +465,7 @@ def figure_worked_pass(study: Study):
 # ---------- The README's picture ----------
 @figure(19, "the README's picture", 3)
 def figure_summary(study: Study):
-    title = "A transformer continues $a_{n+1} = c\\,a_n + d$; its attention, its scales and 27 numbers predict it"
+    title = "A transformer continues $a_{n+1} = c\\,a_n + d$; its attention, scales and 27 numbers predict it"
     canvas, panels = grid(1, 3, 12, 4, title)
     i = pick(study.test, -1.1)
     a, output = study.test.a[i], study.model(study.test.a[i : i + 1, :-1])[0]
