@@ -1,4 +1,4 @@
-"""What the model computes: 27 numbers in the place of 3.2 million, beside the best fixed linear filter.
+"""What the model computes: 27 numbers for its OV circuits and MLPs, beside the best fixed linear filter.
 
     python -m beyond.mechanism --all                    # on the weights that ship, into beyond/figures/
     python -m beyond.mechanism --fig 22                 # one figure; --list names them
