@@ -148,11 +148,11 @@ def claim_one_knob(study: Study) -> Finding:
     one, without = study.factor(kept), study.factor(errors(1, remove_directions))
     others = [study.factor(errors(l, keep_directions, FEW)) for l in (0, 2)]
     values = {"times the MSE without it": without, "times, layers 0 and 2": others}
-    W_U = torch.linalg.qr(study.model.unembed.W_U).Q
+    Q = torch.linalg.qr(study.model.unembed.W_U).Q
     for l in study.layers:
         _, directions, shares = main_directions(study, l)
         values |= {f"layer {l}: shares of the variance": shares[:3],
-                   f"layer {l}: cosine of the first with what W_U reads": (directions[0] @ W_U).norm()}
+                   f"layer {l}: cosine of the first with what W_U reads": (directions[0] @ Q).norm()}
     how = verdict(one <= 2 and without >= 10 and min(others) > 2, one <= 4 and without >= 5 * one)
     return Finding(one, how, values)
 
@@ -246,7 +246,7 @@ def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict[str, interventi
 def put_layer_0(study: Study, x: Tensor) -> dict[str, interventions.Hook]:
     """A hook that gives the stream after layer 0 the scalars' data in what W_U reads, but for the mean."""
     cache, (kappa, slopes), W_U = look(study, x), scalars(study), study.model.unembed.W_U
-    held = source_factors(cache, kappa[:1], slopes[:1]) * cache[SCALE] @ x
+    held = (source_factors(cache, kappa[:1], slopes[:1]) * cache[SCALE]) @ x
 
     def replace(resid: Tensor) -> Tensor:
         off = held - resid @ W_U
@@ -300,11 +300,11 @@ def left(study: Study) -> dict[str, object]:
     for name, value in population.items():  # scales, or patterns -> [batch, dest, head, src]
         prepare = Tensor.log if "scale" in name else lambda pattern: pattern.transpose(1, 2)
         found[f"sizes predict {name}"] = predicted_by_sizes(study, prepare(value), prepare(test[name]))
-    name, W_U = "blocks.0.attn.hook_result", torch.linalg.qr(study.model.unembed.W_U).Q
+    name, Q = "blocks.0.attn.hook_result", torch.linalg.qr(study.model.unembed.W_U).Q
     written, other = study.activations[name], study.record(study.test.a[:, :-1], name)[name]
     varying = written - written.mean(0)
-    in_data = (varying @ W_U).pow(2).sum((0, 1, 3)) / varying.pow(2).sum((0, 1, 3))
-    rest, rest_other = (v - v @ W_U @ W_U.T for v in (written, other))
+    in_data = (varying @ Q).pow(2).sum((0, 1, 3)) / varying.pow(2).sum((0, 1, 3))
+    rest, rest_other = (v - v @ Q @ Q.T for v in (written, other))
     by_sizes = [predicted_by_sizes(study, rest[:, :, h], rest_other[:, :, h]) for h in study.heads]
     return found | {"share of what each head of layer 0 writes that W_U reads": in_data,
                     "sizes predict the rest": by_sizes}

@@ -103,9 +103,9 @@ def claim_fixed_filter(study: Study) -> Finding:
 
 
 def draw_errors(axes, study: Study):
-    for name, (label, look) in PREDICTORS.items():
+    for name, (label, style) in PREDICTORS.items():
         y = by_position(study, name).clamp_min(1e-6)
-        axes.semilogy(range(FIRST_POSITION, MAX_LENGTH), y, label=label, **look)
+        axes.semilogy(range(FIRST_POSITION, MAX_LENGTH), y, label=label, **style)
     axes.set(xlabel="position n, at which $a_{n+1}$ is predicted", ylabel="mean squared error")
 
 
@@ -114,9 +114,9 @@ def figure_errors(study: Study):
     canvas, panels = grid(1, 2, 10.5, 4, "Error on new training sequences of all lengths")
     found, edges = errors(study), np.arange(-2, 2, 0.25)
     draw_errors(panels[0], study)
-    for name, (_, look) in PREDICTORS.items():
+    for name, (_, style) in PREDICTORS.items():
         means = [found[name][(found["c"] >= edge) & (found["c"] < edge + 0.25)].mean() for edge in edges]
-        panels[1].semilogy(edges + 0.125, torch.stack(means).clamp_min(1e-6), **look)
+        panels[1].semilogy(edges + 0.125, torch.stack(means).clamp_min(1e-6), **style)
     panels[1].set(xlabel="c, in ranges of 0.25", ylabel="mean squared error")
     canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return canvas
@@ -313,7 +313,7 @@ def predictions(study: Study, kind: str) -> dict[str, Tensor]:
     """What the 27 numbers and others predict, [batch, pos, d_vocab]; "shuffled" [permutation, batch, ..]."""
     x, truth = kinds(study)[kind]
     cache, (kappa, slopes), means = look(study, x), scalars(study), mean_looks(study, x.shape[1])
-    predict, g = functools.partial(scalar_transformer, cache, slopes=slopes, x=x), study.generator("shuffles")
+    g, predict = study.generator("shuffles"), lambda kappa: scalar_transformer(cache, kappa, slopes, x)
     patterns = {name: value.expand(len(x), -1, -1, -1) for name, value in means.items() if "pattern" in name}
     constant, output = means["factors"] @ x, cache["output"]
     free = (constant * output).sum((0, 2)) / constant.pow(2).sum((0, 2))  # [pos]
