@@ -804,7 +804,7 @@ def draw_circuits(study: Study, layer: int, kind: str):
     circuit, between_data, ylabel, xlabel = CIRCUITS[kind]
     shown = {"head 0, residual stream": circuit(study.model, layer)[0]}
     shown |= {f"head {h}, data": matrix for h, matrix in enumerate(between_data(study.model, layer))}
-    title = f"{kind} circuits of layer {layer}: cosine with I; each panel has its own range"
+    title = f"{kind} circuits of layer {layer}: cosine with I. Blue is positive; each panel has its own range"
     canvas, panels = grid(-(-len(shown) // 3), 3, 9, 8.6, title, squeeze=False)
     for axes, (name, matrix) in zip(panels.flat, shown.items()):
         heat(axes, matrix, f"{name}: {identity_cosine(matrix):.2f}", matrix.abs().max())
