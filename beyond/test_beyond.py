@@ -145,6 +145,14 @@ class Gain(TestCase):
         self.assertClose(kept + removed, value + value.mean(0), 1e-12)
         self.assertClose((removed - value.mean(0)) @ directions.T, 0, 1e-12)
 
+    def test_all_follows_a_whole_stream_and_nothing_what_comes_too_late(self):
+        study, ranges = analyze.open_study(SHIPPED), ((0.3, 0.5), (1.6, 1.9))
+        with mock.patch.object(gain, "L1_Z", "blocks.1.hook_resid_post"):  # so that it is recorded
+            whole = gain.follows(study, [gain.L1_Z], list(range(14)), [], *ranges)
+        self.assertClose(torch.tensor(whole), 1, 1e-4)
+        late = gain.follows(study, [gain.L1_K, gain.L1_V], list(range(13)), [13], *ranges)
+        self.assertClose(torch.tensor(late), 0, 1e-4)
+
     def test_what_sizes_predict_is_all_of_sizes_and_nothing_of_noise(self):
         study = analyze.open_study(SHIPPED)
         sizes = [s.a[:, :-1].norm(dim=-1, keepdim=True).log() for s in (study.population, study.test)]
