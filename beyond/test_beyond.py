@@ -112,6 +112,15 @@ class ScalarTransformer(TestCase):
         turned, output = study.model(x @ turn), study.model(x) @ turn
         self.assertGreater(data.explained(turned[:, 4:], output[:, 4:]), 0.97)
 
+    def test_half_way_to_the_model_explains_three_quarters_of_its_error(self):
+        study = analyze.open_study(SHIPPED)
+        x, truth = mechanism.kinds(study)["white noise"]
+        output, half = study.model(x), (study.model(x) + truth) / 2
+        with mock.patch.object(mechanism, "predictions", return_value={"half": half, "model's": output}):
+            found = mechanism.scores.__wrapped__(study, "white noise")
+        self.assertClose(torch.tensor(found["half"][1]), 0.75, 1e-4)  # half as far off: a quarter is left
+        self.assertClose(torch.tensor(found["model's"]), 1, 1e-6)
+
     def test_kinds_are_what_their_names_say(self):
         found = mechanism.kinds(analyze.open_study(SHIPPED))
         for kind, (x, target) in found.items():
