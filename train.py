@@ -172,11 +172,11 @@ class Run:
 def open_run(settings: dict, resume: bool) -> Run:
     """A new run in a folder without one or, to `resume`, the one in the folder settings["out"]. settings:
     values of Options and Config by name, the others being defaults or, resuming, the run's. ValueError for a
-    new run where there is one, for a damaged checkpoint and for a setting, in config.json too, that is not
-    the run's; FileNotFoundError where there is nothing to resume; OSError where it cannot write."""
+    new run where there is one, a damaged checkpoint or a setting, in config.json too, that is not the run's;
+    FileNotFoundError where there is nothing to resume; OSError where it cannot write."""
     out = settings.get("out", Options.out)
-    path = os.path.join(out, "checkpoint.pt")
-    if not resume and (os.path.exists(path) or os.path.exists(os.path.join(out, "weights.pt"))):
+    path, files = os.path.join(out, "checkpoint.pt"), ("checkpoint.pt", "weights.pt", "log.csv")
+    if not resume and any(os.path.exists(os.path.join(out, name)) for name in files):
         raise ValueError(f"{out} already holds a run: --resume it or give another --out")
     state = load_file(path, "checkpoint")[0] if resume else {}
     begun = state.get("settings", {})

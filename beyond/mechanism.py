@@ -418,19 +418,19 @@ def draw_dots(axes, study: Study, kind: str):
 
 @figure(22, "the scalar transformer against the model, kind by kind", 3)
 def figure_scalar_transformer(study: Study):
-    title = "27 numbers against the model, a dot a component, and what other predictors explain of its output"
-    canvas, panels = grid(2, 5, 14, 6, title)
-    names = ["scalar transformer", "without layer 1", *LESS]
-    bars = (("recurrences", "4 inputs"), ("two growths", "white noise"))
+    canvas, panels = grid(2, 5, 14, 6, "27 numbers against the model, a dot a component; what others leave")
+    names = ["scalar transformer", "without layer 1", *LESS][::-1]
+    bars = (("two growths", "|c| 2.5 to 3"), ("noise 0.1", "white noise"))
     for row in (0, 1):
         for axes, kind in zip(panels[row, :3], KINDS[3 * row :]):
             output, error = scores(study, kind)["scalar transformer"]
             draw_dots(axes, study, kind)
             axes.set_title(f"{kind}: {output:.3f} of the output,\n{error:.3f} of the error")
         for axes, kind in zip(panels[row, 3:], bars[row]):
-            shares = [max(scores(study, kind)[name][0], 0) for name in names]
-            axes.barh(names[::-1], shares[::-1], color=["0.7"] * (len(names) - 1) + [LENS])
-            axes.set(title=kind, xlim=(0, 1), xlabel="of the output (below 0: no bar)")
+            left = [1 - scores(study, kind)[name][0] for name in names]
+            axes.barh(names, left, color=["0.7"] * (len(names) - 1) + [LENS])
+            axes.axvline(4 * left[-1], color="0.3", ls=":")  # those that end before it speak against us
+            axes.set(title=kind, xscale="log", xlim=(1e-3, 2), xlabel="left of the output")
         panels[row, 4].set_yticks([])
     return canvas
 

@@ -100,9 +100,8 @@ def draw_claims(runs: dict[str, dict], of_paper: bool):
             x += 0.5
         if "MSE" in any_run(runs, name)["claim"]:
             axes.set_yscale("log")
-        axes.set_xticks([])
         axes.set_title(name, fontsize=8)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(labelsize=7, bottom=False, labelbottom=False)
     for axes in panels.flat[len(names) :]:
         axes.axis("off")
     legend = panels.flat[len(names)]
@@ -114,12 +113,13 @@ def draw_claims(runs: dict[str, dict], of_paper: bool):
 
 
 def cell(group: dict[str, dict], name: str) -> str:
-    """What was measured in a table cell, a number a run, or in how many heads a claim holds."""
+    """What was measured in a table cell, the range over the runs, or in how many heads a claim holds."""
     found = [run["claims"][name] for run in group.values() if name in run["claims"]]
-    if found and "heads that do" in found[0]["values"]:
-        return f"{', '.join(str(claim['values']['heads that do']) for claim in found)} of 8"
-    numbers = [claim["measured"] for claim in found if isinstance(claim["measured"], float)]
-    return ", ".join(f"{number:.3g}" for number in numbers) or "-"
+    of = " of 8" if found and "heads that do" in found[0]["values"] else ""
+    numbers = [claim["values"]["heads that do"] if of else claim["measured"] for claim in found]
+    numbers = sorted(number for number in numbers if isinstance(number, int | float))
+    ends = dict.fromkeys(f"{number:.3g}" for number in numbers[:1] + numbers[-1:])
+    return " to ".join(ends) + of or "-"
 
 
 def words(group: dict[str, dict], name: str) -> str:
