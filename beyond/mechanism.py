@@ -79,7 +79,7 @@ def fitted_filter(x: Tensor, output: Tensor) -> Tensor:
 
 @functools.cache
 def errors(study: Study) -> dict[str, Tensor]:
-    """Squared errors of the PREDICTORS, an entry a sequence and position from 2 on; its position and c."""
+    """Squared errors of the PREDICTORS, by sequence and position from 2 on; position, c and weight in MSE."""
     seed, d_vocab = study.generator("mechanism").initial_seed(), study.model.config.d_vocab
     count, columns = max(2, TESTED * study.size // analyze.POPULATION), []
     for sample in data.held_out(count, seed, d_vocab=d_vocab):
@@ -88,9 +88,10 @@ def errors(study: Study) -> dict[str, Tensor]:
         predictions = (cache["output"], filtered(x), scalar_transformer(cache, *scalars(study), x), solved)
         position = torch.arange(x.shape[1]).expand(count, -1)
         entries = [(p - target).pow(2).mean(-1) for p in predictions]
-        entries += [position, sample.c[:, None].expand_as(position)]
+        weight = torch.full(position.shape, 1 / (x.shape[1] - FIRST_POSITION))
+        entries += [position, sample.c[:, None].expand_as(position), weight]
         columns.append([part[:, FIRST_POSITION:].flatten() for part in entries])
-    return dict(zip((*PREDICTORS, "position", "c"), (torch.cat(column) for column in zip(*columns))))
+    return dict(zip((*PREDICTORS, "position", "c", "weight"), map(torch.cat, zip(*columns))))
 
 
 def by_position(study: Study, predictor: str) -> Tensor:
@@ -109,7 +110,7 @@ def claim_fixed_filter(study: Study) -> Finding:
     values, K = {}, fixed_filter(study.model.config.d_vocab)
     for name in PREDICTORS:
         values[f"{name}, positions 2 to 13"] = by_position(study, name)
-        values[f"{name}, all"] = errors(study)[name].mean()
+        values[f"{name}, MSE"] = np.average(errors(study)[name], weights=errors(study)["weight"])
     values |= {f"coefficients at {n}, a_n first": K[n, : n + 1].flip(0) for n in (6, 10)}
     return Finding(fixed / model, verdict(early and late, early), values)
 
@@ -223,8 +224,7 @@ def claim_parity(study: Study) -> Finding:
 
 @figure(23, "the weight of each source against c: model, filter, scalar transformer")
 def figure_source_weights(study: Study):
-    title = "Weights $w_s$ of the prediction $\\Sigma_s\\,w_s\\,a_s$"
-    canvas, panels = grid(1, 2, 10.5, 4.4, title, shared=True)
+    canvas, panels = grid(1, 2, 10.5, 4.4, "Weights $w_s$ of the prediction $\\Sigma_s w_s a_s$", shared=True)
     weights, K = read_weights(study), fixed_filter(study.model.config.d_vocab)
     for axes, n in zip(panels, (6, 10)):
         for s, color, label in ((n - 1, MODEL, "$a_{n-1}$"), (n, TRUTH, "$a_n$"), (n - 3, LENS, "$a_{n-3}$")):
