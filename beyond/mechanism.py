@@ -111,7 +111,7 @@ def claim_fixed_filter(study: Study) -> Finding:
     for name in PREDICTORS:
         values[f"{name}, positions 2 to 13"] = by_position(study, name)
         values[f"{name}, MSE"] = np.average(errors(study)[name], weights=errors(study)["weight"])
-    values |= {f"coefficients at {n}, a_n first": K[n, : n + 1].flip(0) for n in (6, 10)}
+    values |= {f"coefficients at {n}, a_n first": K[n, : n + 1].flip(0) for n in (6, 10, 13)}
     return Finding(fixed / model, verdict(early and late, early), values)
 
 
