@@ -58,11 +58,11 @@ def setting(found: dict) -> str:
 
 
 def by_setting(runs: dict[str, dict]) -> dict[str, dict[str, dict]]:
-    """{setting: {name: run}}, the setting of most runs first."""
+    """{setting: {name: run}}, in the order of their first runs."""
     groups: dict[str, dict[str, dict]] = {}
     for name, found in runs.items():
         groups.setdefault(setting(found), {})[name] = found
-    return dict(sorted(groups.items(), key=lambda group: -len(group[1])))
+    return groups
 
 
 def claim_names(runs: dict[str, dict], of_paper: bool) -> list[str]:
@@ -123,18 +123,18 @@ def cell(group: dict[str, dict], name: str) -> str:
 
 
 def words(group: dict[str, dict], name: str) -> str:
-    """The verdicts of a setting's runs in words, one where they agree."""
+    """In how many of a setting's runs a claim holds, or in a word where they agree."""
+    verdicts = [run["claims"][name]["verdict"] for run in group.values() if name in run["claims"]]
     short_words = {"reproduced": "yes", "partly": "partly", "not reproduced": "no"}
-    claims = [run["claims"][name] for run in group.values() if name in run["claims"]]
-    verdicts = [short_words[claim["verdict"]] for claim in claims]
-    return ", ".join(verdicts[:1] if len(set(verdicts)) == 1 else verdicts) or "-"
+    counts = {word: verdicts.count(verdict) for verdict, word in short_words.items() if verdict in verdicts}
+    return ", ".join(counts if len(counts) == 1 else [f"{n} {word}" for word, n in counts.items()]) or "-"
 
 
 def markdown(runs: dict[str, dict]) -> str:
     """seeds.md: verdicts by setting, then what was measured, run by run (a mean, where it is by head)."""
     groups = by_setting(runs)
     lines = ["# Runs beside one another", "", "Written by `python -m beyond.seeds`; values: `seeds.json`.",
-             "Does a claim hold? In the order of the runs, or once where they agree.", ""]
+             "Does a claim hold, in how many runs?", ""]
     for of_paper, title in ((True, "The paper's claims"), (False, "Ours")):
         names = claim_names(runs, of_paper)
         rows = []

@@ -259,9 +259,13 @@ class Committed(TestCase):
 
     def test_the_readme_shows_the_committed_seeds(self):
         together = model.load_file(os.path.join(HERE, "figures", "seeds.json"), "JSON")[0]["runs"]
-        groups = list(seeds.by_setting(together).values())
+        settings = seeds.by_setting(together)
+        groups = list(settings.values())
         with open(os.path.join(os.path.dirname(HERE), "README.md"), encoding="utf-8") as f:
-            rows = [line.strip(" |\n").split(" | ") for line in f if line.startswith("| `")]
+            lines = [line.strip(" |\n").split(" | ") for line in f if line.startswith("| ")]
+        names = [name.split(",")[0].removesuffix("_new") for name in settings]
+        self.assertEqual([cell.lower() for cell in lines[0][2:4]], names)
+        rows = [line for line in lines if line[0].startswith("`")]
         shown = {row[0].split("`")[1]: row[2:] for row in rows}
         self.assertEqual(set(shown), set(seeds.claim_names(together, of_paper=True)))
         for name, cells in shown.items():
