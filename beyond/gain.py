@@ -158,7 +158,6 @@ def claim_one_knob(study: Study) -> Finding:
 
 
 # ---------- What turns the knob ----------
-
 L1_K, L1_V, L1_Z = (f"blocks.1.attn.hook_{name}" for name in "kvz")
 RANGES = {"decaying and growing": ((0.2, 0.7), (1.5, 2.0)), "slow and fast growth": ((1.1, 1.3), (1.7, 2.0))}
 
@@ -243,10 +242,10 @@ def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict[str, interventi
     return interventions.join(interventions.record(names, kept), {f"blocks.{layer}.hook_attn_out": heads})
 
 
-def put_layer_0(study: Study, x: Tensor) -> dict[str, interventions.Hook]:
-    """A hook that gives the stream after layer 0 the scalars' data in what W_U reads, but for the mean."""
-    cache, (kappa, slopes), W_U = look(study, x), scalars(study), study.model.unembed.W_U
-    held = (source_factors(cache, kappa[:1], slopes[:1]) * cache[SCALE]) @ x
+def put_layer_0(study: Study, x: Tensor, kappa: Tensor) -> dict[str, interventions.Hook]:
+    """A hook that leaves after layer 0, in what W_U reads, the data of kappa [n_heads] and MLP 0's slope."""
+    cache, (_, slopes), W_U = look(study, x), scalars(study), study.model.unembed.W_U
+    held = (source_factors(cache, kappa[None], slopes[:1]) * cache[SCALE]) @ x
 
     def replace(resid: Tensor) -> Tensor:
         off = held - resid @ W_U
@@ -258,16 +257,17 @@ def put_layer_0(study: Study, x: Tensor) -> dict[str, interventions.Hook]:
 @functools.cache
 def put_in(study: Study) -> dict[str, list[Tensor]]:
     """MSE, relative to the unchanged model's, on sequences of 4, 8 and 14 inputs with the scalars in place of
-    a layer's heads, beside kappa = 0 and kappa shuffled; and of layer 0 as a whole."""
+    a layer's heads, or of layer 0 as a whole, beside kappa = 0 and kappa shuffled."""
     found, kappa, g = {}, scalars(study)[0], study.generator("put in")
     for length in (4, 8, 14):
         a = data.sample(min(OF_A_KIND, study.size), length, g, study.model.config.d_vocab).a
-        x, target = a[:, :-1], a[:, 1:]
-        arms = {"layer 0 as a whole": put_layer_0(study, x)}
+        x, target, arms = a[:, :-1], a[:, 1:], {}
         for l in study.layers:
             order = torch.randperm(len(kappa[l]), generator=g)
             for name, numbers in {"": kappa[l], ", 0": 0 * kappa[l], ", shuffled": kappa[l][order]}.items():
                 arms[f"layer {l}'s heads{name}"] = put_scalars(study, l, numbers)
+                if l == 0:
+                    arms[f"layer 0 as a whole{name}"] = put_layer_0(study, x, numbers)
         clean = data.mse(study.model(x), target)
         for arm, hooks in arms.items():
             times = data.mse(study.model(x, hooks=hooks), target) / clean
