@@ -257,6 +257,13 @@ class Committed(TestCase):
         for name, found in results["claims"].items():
             self.assertEqual(found["measured"], ours[name]["measured"])
 
+    def test_all_committed_runs_were_measured_by_the_rules_of_today(self):
+        together = model.load_file(os.path.join(HERE, "figures", "seeds.json"), "JSON")[0]["runs"]
+        claims = analyze.PAPER.claims | mechanism.OURS.claims
+        for run, found in together.items():
+            for name, of_run in found["claims"].items():
+                self.assertEqual(of_run["why"], " ".join(claims[name].function.__doc__.split()), (run, name))
+
     def test_the_readme_shows_the_committed_seeds(self):
         together = model.load_file(os.path.join(HERE, "figures", "seeds.json"), "JSON")[0]["runs"]
         settings = seeds.by_setting(together)
