@@ -81,8 +81,7 @@ def draw_claims(runs: dict[str, dict], of_paper: bool):
     names, groups = claim_names(runs, of_paper), by_setting(runs)
     columns = 5 if of_paper else 4
     rows = -(-(len(names) + 1) // columns)
-    whose = "The paper's claims" if of_paper else "Our claims"
-    title = f"{whose}: what was measured, a column a run"
+    title = ("The paper's" if of_paper else "Our") + " claims: what was measured, a column a run"
     canvas, panels = grid(rows, columns, 13, 2.3 * rows, title, squeeze=False)
     for axes, name in zip(panels.flat, names):
         x = 0
@@ -108,7 +107,8 @@ def draw_claims(runs: dict[str, dict], of_paper: bool):
     for verdict, color in VERDICTS.items():
         legend.plot([], [], "o", color=color, label=verdict)
     legend.plot([], [], ls="--", color="0.6", label="paper")
-    legend.legend(loc="center", title="left to right: " + ";\n".join(groups), fontsize=7, title_fontsize=6)
+    runs_named = "\n".join("\n    ".join([f"{setting}:", *group]) for setting, group in groups.items())
+    legend.legend(loc="center", title=f"left to right\n{runs_named}", fontsize=7, title_fontsize=6)
     return canvas
 
 
