@@ -151,6 +151,13 @@ class ScalarTransformer(TestCase):
                 same, none = (gain.put_scalars(study, l, numbers) for numbers in (kappa, 0 * kappa))
             self.assertClose(net(x, hooks=same), net(x), 1e-10)
             self.assertGreater((net(x, hooks=none) - net(x)).abs().max(), 1e-3)
+        kappa, cache = model.data_ov_circuit(net, 0).diagonal(dim1=-2, dim2=-1).mean(-1), {}
+        net(x, cache=cache)
+        slopes = mock.patch.object(gain, "scalars", return_value=(None, 1 - 0.4 * torch.arange(3).double()))
+        with slopes, mock.patch.object(gain, "look", return_value=cache):
+            same, none = (gain.put_layer_0(study, x, numbers) for numbers in (kappa, 0 * kappa))
+        self.assertClose(net(x, hooks=same), net(x), 1e-10)
+        self.assertGreater((net(x, hooks=none) - net(x)).abs().max(), 1e-3)
 
 
 class Gain(TestCase):
