@@ -76,6 +76,20 @@ class Filter(TestCase):
         self.assertClose(found, torch.tensor([1.0, 0, 0, 1]), 1e-9)
 
 
+    def test_parity_is_of_a_rule_of_two_steps_that_does_not_see_the_sign(self):
+        study = analyze.open_study(SHIPPED)
+        c = torch.tensor([-2, -1.5, -1, 1, 1.5, 2]).double()
+        one, two, none = (torch.diag_embed(torch.ones(14 - lag), -lag).double() for lag in (0, 1, 2))
+        powers = c[:, None, None, None]
+        rules = {"reproduced": powers**2 * two,
+                 "partly": powers**2 * two + powers * one - powers**3 * none,  # what it adds cancels
+                 "not reproduced": powers * one}
+        for expected, w in rules.items():
+            weights = mechanism.Weights(c, w.expand(-1, 2, -1, -1), None, None, None, None)
+            with mock.patch.object(mechanism, "read_weights", return_value=weights):
+                self.assertEqual(mechanism.claim_parity(study).verdict, expected)
+
+
 class SourceWeights(TestCase):
     def test_source_weights_of_predictors_whose_weights_are_known(self):
         for c in (-1.5, 0.7):
@@ -128,6 +142,29 @@ class ScalarTransformer(TestCase):
             found = mechanism.scores.__wrapped__(study, "white noise")
         self.assertClose(torch.tensor(found["half"][1]), 0.75, 1e-4)  # half as far off: a quarter is left
         self.assertClose(torch.tensor(found["model's"]), 1, 1e-6)
+
+    def test_a_kind_is_evidence_only_where_every_rival_leaves_four_times_as_much(self):
+        study, rivals = analyze.open_study(SHIPPED), mechanism.LESS
+
+        def judge(left: dict[str, float], strong: str = "", ours: float = 0.99, error: float = 0.95) -> str:
+            """The verdict where rivals leave 0.03, or `left` on these kinds but for a `strong` one."""
+            def scores(_, kind):
+                shares = dict.fromkeys(rivals, [1 - left.get(kind, 0.03)]) | {strong: [0.97]}
+                return shares | {"scalar transformer": [ours, error]}
+            with mock.patch.object(mechanism, "scores", scores):
+                return mechanism.claim_scalar_transformer(study).verdict
+
+        predictors = {"scalar transformer", "without layer 1", *rivals}  # all but these two are rivals
+        self.assertEqual(set(mechanism.predictions(study, "4 inputs")), predictors)
+        two = {"white noise": 0.05, "noise 0.1": 0.05}
+        self.assertEqual(judge(two), "reproduced")
+        self.assertEqual(judge({"white noise": 0.05}), "partly")
+        self.assertEqual(judge({"two growths": 0.05, "noise 0.1": 0.05}), "partly")
+        self.assertEqual(judge({"recurrences": 0.05, "4 inputs": 0.05}), "not reproduced")
+        self.assertEqual(judge({kind: 0.2 for kind in two}, ours=0.96), "not reproduced")
+        self.assertEqual(judge(two, error=0.89), "not reproduced")
+        for name in rivals:
+            self.assertEqual(judge(two, strong=name), "not reproduced", name)
 
     def test_kinds_are_what_their_names_say(self):
         found = mechanism.kinds(analyze.open_study(SHIPPED))
