@@ -1,5 +1,6 @@
 """What beyond/ relies on. `python -m unittest test_all` runs these too."""
 
+import functools
 import os
 import unittest
 from unittest import mock
@@ -45,6 +46,13 @@ def scalar_model() -> model.Transformer:
     return net
 
 
+@functools.cache
+def shipped() -> analyze.Study:
+    """The study of the weights that ship, on fewer sequences and once for all tests."""
+    with mock.patch.object(analyze, "POPULATION", 200):
+        return analyze.open_study(SHIPPED)
+
+
 class Filter(TestCase):
     def test_it_is_the_best_on_what_it_is_fitted_to_and_has_the_parity_of_n_plus_1(self):
         K = mechanism.fixed_filter(40)
@@ -77,7 +85,7 @@ class Filter(TestCase):
 
 
     def test_parity_is_of_a_rule_of_two_steps_that_does_not_see_the_sign(self):
-        study = analyze.open_study(SHIPPED)
+        study = shipped()
         c = torch.tensor([-2, -1.5, -1, 1, 1.5, 2]).double()
         one, two, none = (torch.diag_embed(torch.ones(14 - lag), -lag).double() for lag in (0, 1, 2))
         powers = c[:, None, None, None]
@@ -125,7 +133,7 @@ class ScalarTransformer(TestCase):
         self.assertEqual(len(rows), 7)
 
     def test_the_trained_model_turns_with_its_inputs_as_far_as_the_claim_says(self):
-        study = analyze.open_study(SHIPPED)
+        study = shipped()
         turn = torch.linalg.qr(torch.randn(40, 40, generator=seeded()))[0]
         x = study.test.a[:200, :-1]
         turned, output = study.model(x @ turn), study.model(x) @ turn
@@ -135,7 +143,7 @@ class ScalarTransformer(TestCase):
         self.assertGreater(data.explained(turned[:, 4:], output[:, 4:]), 0.97)
 
     def test_half_way_to_the_model_explains_three_quarters_of_its_error(self):
-        study = analyze.open_study(SHIPPED)
+        study = shipped()
         x, truth = mechanism.kinds(study)["white noise"]
         output, half = study.model(x), (study.model(x) + truth) / 2
         with mock.patch.object(mechanism, "predictions", return_value={"half": half, "model's": output}):
@@ -144,7 +152,7 @@ class ScalarTransformer(TestCase):
         self.assertClose(torch.tensor(found["model's"]), 1, 1e-6)
 
     def test_a_kind_is_evidence_only_where_every_rival_leaves_four_times_as_much(self):
-        study, rivals = analyze.open_study(SHIPPED), mechanism.LESS
+        study, rivals = shipped(), mechanism.LESS
 
         def judge(left: dict[str, float], strong: str = "", ours: float = 0.99, error: float = 0.95) -> str:
             """The verdict where rivals leave 0.03, or `left` on these kinds but for a `strong` one."""
@@ -167,7 +175,7 @@ class ScalarTransformer(TestCase):
             self.assertEqual(judge(two, strong=name), "not reproduced", name)
 
     def test_kinds_are_what_their_names_say(self):
-        found = mechanism.kinds(analyze.open_study(SHIPPED))
+        found = mechanism.kinds(shipped())
         for kind, (x, target) in found.items():
             longest = x.norm(dim=-1).amax(1)
             if "noise 0" not in kind:
@@ -287,8 +295,7 @@ class Seeds(TestCase):
 class Committed(TestCase):
     def test_committed_results_are_those_of_the_shipped_weights(self):
         results = model.load_file(os.path.join(HERE, "figures", "mechanism.json"), "JSON")[0]
-        with mock.patch.object(analyze, "POPULATION", 200):
-            study = analyze.open_study(SHIPPED)
+        study = shipped()
         self.assertEqual(results["meta"]["sha256"], model.load_weights(f"{SHIPPED}/weights.pt").sha256)
         for name, found in results["claims"].items():
             self.assertEqual(found["why"], " ".join(mechanism.OURS.claims[name].function.__doc__.split()))
