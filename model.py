@@ -46,6 +46,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -58,22 +59,11 @@ ACTIVATIONS = {"relu": F.relu, "gelu_new": partial(F.gelu, approximate="tanh")}
 
 
 def setting(default, help: str, least: float | None = None, choices: tuple[str, ...] = ()):
-    """A field of settings, with what `check_settings` and the command line of train.py need to know."""
+    """A field of settings with its help text; numbers are at least `least` (1, or 1e-12 of a fraction, if
+    nothing is said), texts one of `choices`. `check_settings` sees to it."""
+    if least is None:
+        least = 1e-12 if isinstance(default, float) else 1
     return field(default=default, metadata={"help": help, "least": least, "choices": choices})
-
-
-def check_settings(settings):
-    """ValueError unless numbers are finite and at least `least` (1, or 1e-12 of a fraction, if nothing is
-    said) and texts one of the choices."""
-    for f in fields(settings):
-        value, least, choices = getattr(settings, f.name), f.metadata["least"], f.metadata["choices"]
-        if f.type in (int, float):
-            least = {int: 1, float: 1e-12}[f.type] if least is None else least
-            if type(value) not in (int, f.type) or not least <= value < {int: 2**62, float: math.inf}[f.type]:
-                kind = {int: "whole", float: "finite"}[f.type]
-                raise ValueError(f"{f.name} must be a {kind} number of at least {least}, not {value!r}")
-        elif choices and value not in choices:
-            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -91,9 +81,8 @@ class Config:
     act_fn: str = setting("relu", "of the MLPs: relu (A.1) or gelu_new", choices=tuple(ACTIVATIONS))
     initializer_range: float = setting(0.02, "standard deviation of the initial weight matrices")
 
-    __post_init__ = check_settings
 
-
+# ---------- Hooks ----------
 class Hooks:
     """What one forward pass is asked to show or to change. Every activation goes through `at(name, value)`.
 
@@ -102,7 +91,8 @@ class Hooks:
     """
 
     def __init__(self, hooks: dict[str, Callable] | None, cache: dict[str, Tensor] | None, names: list[str]):
-        self.hooks, self.cache = hooks or {}, cache
+        self.hooks = hooks or {}
+        self.cache = cache
         for name in self.hooks:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=3, cutoff=0)
@@ -117,8 +107,11 @@ class Hooks:
             if describe(new) != describe(value):
                 raise ValueError(f"the hook at {name} must return {describe(value)}, not {describe(new)}")
             value = new
+
         if self.cache is not None:
-            value = self.cache[name] = value.clone()  # the pass goes on with it, so that gradients reach it
+            # The pass goes on with the copy that is kept, so that gradients reach it.
+            value = value.clone()
+            self.cache[name] = value
         return value
 
 
@@ -129,27 +122,35 @@ def describe(value) -> str:
     return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
 
 
-def affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+# ---------- The transformer ----------
+def linear(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     """x W + b over the last dimension, as one matrix product: [batch, pos, i] x [i, o] -> [batch, pos, o]."""
     return torch.addmm(b, x.flatten(0, -2), W).unflatten(0, x.shape[:-1])
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + eps) * w + b; as in TransformerLens hook_normalized comes after w, b."""
+    """(x - mean) / sqrt(variance + eps) * w + b; as in TransformerLens hook_normalized comes after w, b.
+
+    Two ways to the same: PyTorch's own, which training takes, and the formula, where somebody watches the
+    scale. They agree to rounding, so that outputs with a cache differ from those without by up to 1e-6.
+    """
 
     def __init__(self, config: Config, name: str):
         super().__init__()
-        self.eps, self.name = config.eps, name
+        self.eps = config.eps
+        self.name = name
         self.w = nn.Parameter(torch.ones(config.d_model))
         self.b = nn.Parameter(torch.zeros(config.d_model))
 
     def forward(self, x: Tensor, at: Hooks) -> Tensor:  # [batch, pos, d_model]
-        if not at.watches(f"{self.name}.hook_scale"):
-            return at(f"{self.name}.hook_normalized", F.layer_norm(x, self.w.shape, self.w, self.b, self.eps))
-        x = x - x.mean(-1, keepdim=True)
-        scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-        scale = at(f"{self.name}.hook_scale", scale)  # [batch, pos, 1]
-        return at(f"{self.name}.hook_normalized", x / scale * self.w + self.b)  # [batch, pos, d_model]
+        if at.watches(f"{self.name}.hook_scale"):
+            x = x - x.mean(-1, keepdim=True)
+            scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+            scale = at(f"{self.name}.hook_scale", scale)  # [batch, pos, 1]
+            normalized = x / scale * self.w + self.b
+        else:
+            normalized = F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
+        return at(f"{self.name}.hook_normalized", normalized)  # [batch, pos, d_model]
 
 
 class Attention(nn.Module):
@@ -158,36 +159,51 @@ class Attention(nn.Module):
     def __init__(self, config: Config, name: str):
         super().__init__()
         self.name = name
-        h, d, e = config.n_heads, config.d_model, config.d_head
-        # Shaped [n_heads, d_model, d_head] but laid out in memory as [d_model, n_heads, d_head], so that a
-        # projection for all heads is one product without a copy.
-        self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.empty(d, h, e).transpose(0, 1)) for _ in range(3))
-        self.b_Q, self.b_K, self.b_V = (nn.Parameter(torch.zeros(h, e)) for _ in range(3))
-        self.W_O = nn.Parameter(torch.empty(h, e, d))
-        self.b_O = nn.Parameter(torch.zeros(d))
+        self.d_head = config.d_head
+        n_heads, d_model, d_head = config.n_heads, config.d_model, config.d_head
+
+        def projection() -> nn.Parameter:
+            # Shaped [n_heads, d_model, d_head] but laid out in memory as [d_model, n_heads, d_head], so that
+            # a projection for all heads is one product without a copy.
+            return nn.Parameter(torch.empty(d_model, n_heads, d_head).transpose(0, 1))
+
+        self.W_Q = projection()
+        self.W_K = projection()
+        self.W_V = projection()
+        self.b_Q = nn.Parameter(torch.zeros(n_heads, d_head))
+        self.b_K = nn.Parameter(torch.zeros(n_heads, d_head))
+        self.b_V = nn.Parameter(torch.zeros(n_heads, d_head))
+        self.W_O = nn.Parameter(torch.empty(n_heads, d_head, d_model))
+        self.b_O = nn.Parameter(torch.zeros(d_model))
 
     def forward(self, x: Tensor, at: Hooks) -> Tensor:  # [batch, pos, d_model], normalised
         def heads(W: Tensor, b: Tensor) -> Tensor:  # [batch, pos, n_heads, d_head]
-            return affine(x, W.transpose(0, 1).flatten(1), b.flatten()).unflatten(-1, b.shape)
+            side_by_side = W.transpose(0, 1).flatten(1)  # [d_model, n_heads * d_head]
+            return linear(x, side_by_side, b.flatten()).unflatten(-1, b.shape)
 
         q = at(f"{self.name}.hook_q", heads(self.W_Q, self.b_Q))
         k = at(f"{self.name}.hook_k", heads(self.W_K, self.b_K))
         v = at(f"{self.name}.hook_v", heads(self.W_V, self.b_V))
 
-        # The mask goes in as the matrix that the product is added to; heads are folded into the batch.
-        mask = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=q.dtype, device=x.device).triu(1)
-        Q, K, V = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # [batch * n_heads, pos, d_head]
-        scores = torch.baddbmm(mask, Q, K.transpose(1, 2), alpha=Q.shape[-1] ** -0.5)
-        scores = scores.unflatten(0, (len(x), q.shape[2]))
-        scores = at(f"{self.name}.hook_attn_scores", scores)  # [batch, n_heads, dest, src]
+        # q . k / sqrt(d_head), and -inf in the future. An einsum would say it more plainly, with other bits.
+        Q = q.transpose(1, 2).flatten(0, 1)  # [batch * n_heads, dest, d_head]
+        K = k.transpose(1, 2).flatten(0, 1)  # [batch * n_heads, src, d_head]
+        future = q.new_full((x.shape[1], x.shape[1]), -torch.inf).triu(1)
+        scores = torch.baddbmm(future, Q, K.transpose(1, 2), alpha=self.d_head**-0.5)
+        scores = scores.unflatten(0, (len(x), -1))  # [batch, n_heads, dest, src]
+        scores = at(f"{self.name}.hook_attn_scores", scores)
+
         pattern = at(f"{self.name}.hook_pattern", scores.softmax(-1))  # [batch, n_heads, dest, src]
-        z = (pattern.flatten(0, 1) @ V).unflatten(0, (len(x), q.shape[2])).transpose(1, 2)
+        z = torch.einsum("bhqk,bkhe->bqhe", pattern, v)
         z = at(f"{self.name}.hook_z", z)  # [batch, pos, n_heads, d_head]
 
         if at.watches(f"{self.name}.hook_result"):
-            result = at(f"{self.name}.hook_result", torch.einsum("bqhe,hed->bqhd", z, self.W_O))
+            result = torch.einsum("bqhe,hed->bqhd", z, self.W_O)
+            result = at(f"{self.name}.hook_result", result)  # [batch, pos, n_heads, d_model]
             return result.sum(2) + self.b_O  # [batch, pos, d_model]
-        return affine(z.flatten(2), self.W_O.flatten(0, 1), self.b_O)  # [batch, pos, d_model]
+        # The same in one product, without an output for each head.
+        W_O = self.W_O.flatten(0, 1)  # [n_heads * d_head, d_model]
+        return linear(z.flatten(2), W_O, self.b_O)  # [batch, pos, d_model]
 
 
 class MLP(nn.Module):
@@ -195,16 +211,17 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config, name: str):
         super().__init__()
-        self.name, self.act = name, ACTIVATIONS[config.act_fn]
+        self.name = name
+        self.act = ACTIVATIONS[config.act_fn]
         self.W_in = nn.Parameter(torch.empty(config.d_model, config.d_mlp))
         self.b_in = nn.Parameter(torch.zeros(config.d_mlp))
         self.W_out = nn.Parameter(torch.empty(config.d_mlp, config.d_model))
         self.b_out = nn.Parameter(torch.zeros(config.d_model))
 
     def forward(self, x: Tensor, at: Hooks) -> Tensor:  # [batch, pos, d_model], normalised
-        pre = at(f"{self.name}.hook_pre", affine(x, self.W_in, self.b_in))  # [batch, pos, d_mlp]
-        post = at(f"{self.name}.hook_post", self.act(pre))
-        return affine(post, self.W_out, self.b_out)  # [batch, pos, d_model]
+        pre = at(f"{self.name}.hook_pre", linear(x, self.W_in, self.b_in))  # [batch, pos, d_mlp]
+        post = at(f"{self.name}.hook_post", self.act(pre))  # [batch, pos, d_mlp]
+        return linear(post, self.W_out, self.b_out)  # [batch, pos, d_model]
 
 
 class Block(nn.Module):
@@ -220,9 +237,12 @@ class Block(nn.Module):
 
     def forward(self, resid: Tensor, at: Hooks) -> Tensor:  # [batch, pos, d_model]
         resid = at(f"{self.name}.hook_resid_pre", resid)
-        resid = resid + at(f"{self.name}.hook_attn_out", self.attn(self.ln1(resid, at), at))
+        attn_out = self.attn(self.ln1(resid, at), at)
+        resid = resid + at(f"{self.name}.hook_attn_out", attn_out)
+
         resid = at(f"{self.name}.hook_resid_mid", resid)
-        resid = resid + at(f"{self.name}.hook_mlp_out", self.mlp(self.ln2(resid, at), at))
+        mlp_out = self.mlp(self.ln2(resid, at), at)
+        resid = resid + at(f"{self.name}.hook_mlp_out", mlp_out)
         return at(f"{self.name}.hook_resid_post", resid)
 
 
@@ -240,25 +260,32 @@ class Transformer(nn.Module):
         self.pos_embed = nn.ParameterDict({"W_pos": torch.empty(config.n_ctx, config.d_model)})
         self.blocks = nn.ModuleList(Block(config, f"blocks.{l}") for l in range(config.n_layers))
         self.ln_final = LayerNorm(config, "ln_final")
-        self.unembed = nn.ParameterDict({"W_U": torch.empty(config.d_model, config.d_vocab),
-                                         "b_U": torch.zeros(config.d_vocab)})
+        self.unembed = nn.ParameterDict()
+        self.unembed["W_U"] = torch.empty(config.d_model, config.d_vocab)
+        self.unembed["b_U"] = torch.zeros(config.d_vocab)
+
         for name, parameter in self.named_parameters():
             if name.split(".")[-1].startswith("W_"):
                 nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
+
+        # A pass meets every hook point: that is the list of them.
         cache: dict[str, Tensor] = {}
         with torch.no_grad():
             self(torch.zeros(1, 1, config.d_vocab), cache=cache)
-        self.hook_names = list(cache)  # a pass meets every hook point
+        self.hook_names = list(cache)
 
     def check(self, name: str, value: Tensor, width: str):
         """ValueError unless `value` is [batch, pos, config.width], in the weights' dtype and device."""
-        size, n_ctx, weight = getattr(self.config, width), self.config.n_ctx, self.embed.W_E
+        size = getattr(self.config, width)
+        n_ctx = self.config.n_ctx
         if value.dim() != 3 or value.shape[-1] != size or not 1 <= value.shape[1] <= n_ctx:
             wanted = f"[batch, pos, {width} = {size}] with 1 to n_ctx = {n_ctx} positions"
             raise ValueError(f"{name} must be {wanted}, not {list(value.shape)}")
-        if (value.dtype, value.device) != (weight.dtype, weight.device):
+
+        weight = self.embed.W_E
+        if value.dtype != weight.dtype or value.device != weight.device:
             wanted = f"{weight.dtype} on {weight.device}, as the weights are"
-            raise ValueError(f"{name} must be {wanted}, not {value.dtype} on {value.device}: use .to()")
+            raise ValueError(f"{name} must be {wanted}, not {value.dtype} on {value.device}")
 
     def forward(self, x: Tensor, hooks: dict[str, Callable] | None = None,
                 cache: dict[str, Tensor] | None = None) -> Tensor:
@@ -267,7 +294,7 @@ class Transformer(nn.Module):
         hooks: {hook name: fn}; fn(activation) returns what takes its place, a tensor like it. Two hook dicts
         become one with interventions.join; `|` would drop one of two hooks at the same point.
         cache: a dict that is filled with every activation under its hook name, after the hooks have had their
-        turn.
+        turn. With it the same numbers come out to rounding (1e-6), see LayerNorm.
 
         Raises ValueError for an x of another shape, dtype or device or of more than n_ctx positions, and for
         a hook that returns another shape, dtype or device; KeyError for an unknown hook name.
@@ -275,7 +302,8 @@ class Transformer(nn.Module):
         self.check("x", x, "d_vocab")
         at = Hooks(hooks, cache, self.hook_names)
         embed = at("hook_embed", x @ self.embed.W_E)  # [batch, pos, d_model]
-        pos_embed = at("hook_pos_embed", self.pos_embed.W_pos[: x.shape[1]].expand_as(embed))
+        pos_embed = self.pos_embed.W_pos[: x.shape[1]].expand_as(embed)
+        pos_embed = at("hook_pos_embed", pos_embed)  # [batch, pos, d_model]
         return self.run_from(0, embed + pos_embed, hooks, cache)
 
     def run_from(self, layer: int, resid: Tensor, hooks: dict[str, Callable] | None = None,
@@ -284,14 +312,17 @@ class Transformer(nn.Module):
         [batch, pos, d_vocab]; with layer = n_layers only ln_final and the unembedding, the logit lens. Hooks
         before `layer` do nothing. ValueError for a layer outside 0 .. n_layers, else as `forward`."""
         self.check("resid", resid, "d_model")
-        if not 0 <= layer <= len(self.blocks):
-            raise ValueError(f"layer must be between 0 and n_layers = {len(self.blocks)}, not {layer}")
+        n_layers = self.config.n_layers
+        if not 0 <= layer <= n_layers:
+            raise ValueError(f"layer must be between 0 and n_layers = {n_layers}, not {layer}")
         at = Hooks(hooks, cache, self.hook_names)
         for block in self.blocks[layer:]:
             resid = block(resid, at)
-        return affine(self.ln_final(resid, at), self.unembed.W_U, self.unembed.b_U)  # [batch, pos, d_vocab]
+        normalized = self.ln_final(resid, at)
+        return linear(normalized, self.unembed.W_U, self.unembed.b_U)  # [batch, pos, d_vocab]
 
 
+# ---------- Folding ----------
 @torch.no_grad()
 def fold(transformer: Transformer) -> Transformer:
     """A new model with the same outputs, in which every circuit can be read off the weights (section 4.1).
@@ -310,17 +341,20 @@ def fold(transformer: Transformer) -> Transformer:
         W -= W.mean(-2, keepdim=True)
 
     for block in model.blocks:
-        attn, mlp = block.attn, block.mlp
-        for W, b in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V)):
-            fold_into(block.ln1, W, b)
-        fold_into(block.ln2, mlp.W_in, mlp.b_in)
+        attn = block.attn
+        fold_into(block.ln1, attn.W_Q, attn.b_Q)
+        fold_into(block.ln1, attn.W_K, attn.b_K)
+        fold_into(block.ln1, attn.W_V, attn.b_V)
+        fold_into(block.ln2, block.mlp.W_in, block.mlp.b_in)
         # A row of attention sums to 1, so a head adds b_V W_O to every position whatever it attends to.
         attn.b_O += torch.einsum("he,hed->d", attn.b_V, attn.W_O)
         attn.b_V.zero_()
     fold_into(model.ln_final, model.unembed.W_U, model.unembed.b_U)
+
     for module in model.modules():
         if isinstance(module, LayerNorm):
-            module.w.fill_(1), module.b.zero_()
+            module.w.fill_(1)
+            module.b.zero_()
 
     writers = ("W_E", "W_pos", "W_O", "b_O", "W_out", "b_out")
     for name, parameter in model.named_parameters():
@@ -329,7 +363,8 @@ def fold(transformer: Transformer) -> Transformer:
     return model
 
 
-# Circuits: products of weights, best of a folded model. They act from the right, x @ W_V @ W_O.
+# ---------- Circuits ----------
+# Products of weights, best of a folded model. They act from the right, x @ W_V @ W_O.
 
 
 def ov_circuit(model: Transformer, layer: int) -> Tensor:
@@ -364,18 +399,40 @@ def data_qk_circuit(model: Transformer, layer: int) -> Tensor:
     return basis @ qk_circuit(model, layer) @ basis.T
 
 
+# ---------- Settings and files ----------
+def check_settings(settings):
+    """ValueError unless every value of a settings dataclass is in its range, see `setting`."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        least = f.metadata["least"]
+        choices = f.metadata["choices"]
+        if f.type is int:
+            fits = type(value) is int and least <= value < 2**62
+            wanted = f"a whole number of at least {least}"
+        elif f.type is float:
+            fits = type(value) in (int, float) and least <= value < math.inf
+            wanted = f"a finite number of at least {least}"
+        else:
+            fits = not choices or value in choices
+            wanted = f"one of {', '.join(choices)}"
+        if not fits:
+            raise ValueError(f"{f.name} must be {wanted}, not {value!r}")
+
+
 def save(value, path: str):
     """Write bytes, text, a .json or what torch.save takes (.pt) to `path`, whole or not at all, whoever else
-    writes it. OSError, with the path, if it cannot be written."""
-    buffer, temporary = io.BytesIO(), f"{path}.{os.getpid()}.tmp"
+    writes it. OSError, with the path, if it cannot be written; ValueError for a .json with a NaN in it."""
     if path.endswith(".pt"):
-        torch.save(value, buffer)  # in memory: torch's own writer does not name the file on a full disk
-    else:
-        value = json.dumps(value, indent=1) + "\n" if path.endswith(".json") else value
-        buffer.write(value.encode() if isinstance(value, str) else value)
+        buffer = io.BytesIO()  # in memory: torch's own writer does not name the file on a full disk
+        torch.save(value, buffer)
+        value = buffer.getvalue()
+    elif path.endswith(".json"):
+        value = json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as f:
-            f.write(buffer.getbuffer())
+            f.write(value.encode() if isinstance(value, str) else value)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
@@ -406,30 +463,57 @@ def load_file(path: str, what: str) -> tuple[dict, str]:
 
 def settings_beside(path: str) -> dict:
     """What config.json says, beside a weights file or, of one in steps/, in the folder above; {} without."""
-    folder = os.path.dirname(os.path.abspath(path))
-    config = os.path.join(folder, "config.json")
-    if not os.path.exists(config) and os.path.basename(folder) == "steps":
-        config = os.path.join(os.path.dirname(folder), "config.json")
-    return load_file(config, "config")[0] if os.path.exists(config) else {}
+    folder = Path(path).absolute().parent
+    config = folder / "config.json"
+    if not config.exists() and folder.name == "steps":
+        config = folder.parent / "config.json"
+    if not config.exists():
+        return {}
+    settings, _ = load_file(str(config), "config")
+    return settings
 
 
 def plain_names(state: dict) -> dict:
-    """A state dict without the prefixes of torch.compile and DDP and the constants of TransformerLens 2.x."""
+    """A state dict without the prefixes of torch.compile and DDP and the constants of TransformerLens 2.x.
+    ValueError for a mask that lets a position see the future: the same names, but another function."""
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(str(name).startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return {name: value for name, value in state.items() if not str(name).endswith((".mask", ".IGNORE"))}
+    weights = {}
+    for name, value in state.items():
+        if str(name).endswith(".mask"):
+            if not torch.equal(value.bool(), torch.ones_like(value).tril().bool()):
+                raise ValueError(f"{name} is not causal: here every position sees the past alone")
+        elif not str(name).endswith(".IGNORE"):
+            weights[name] = value
+    return weights
+
+
+# Fields of TransformerLens' config under which the same names and shapes would compute something else.
+TRANSFORMER_LENS = {
+    "use_attn_scale": True,
+    "attn_only": False,
+    "attention_dir": "causal",
+    "parallel_attn_mlp": False,
+}
 
 
 def load_weights(path: str) -> Transformer:
     """The model whose state dict train.py or TransformerLens wrote to `path`, built as its config.json says
     (defaults without). Raises FileNotFoundError if there is no such file; ValueError if it or config.json
-    cannot be read, its names or shapes are not those of the config, or a value is not finite."""
+    cannot be read or says what this model does not do, if names or shapes are not those of the config, or a
+    value is not finite."""
     state, sha256 = load_file(path, "weights file")
-    state, settings = plain_names(state), settings_beside(path)
-    model = Transformer(Config(**{f.name: settings[f.name] for f in fields(Config) if f.name in settings}))
+    settings = settings_beside(path)
+    for name, ours in TRANSFORMER_LENS.items():
+        if settings.get(name, ours) != ours:
+            raise ValueError(f"config.json says {name} {settings[name]!r}: here it is always {ours!r}")
+    config = Config(**{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
+    check_settings(config)
+
+    model = Transformer(config)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(plain_names(state))
     except (RuntimeError, TypeError, AttributeError) as error:
         trouble = textwrap.shorten(str(error).split("\n\t", 1)[-1], 150)
         raise ValueError(f"{path} is of another model than its config.json says: {trouble}") from error

@@ -578,7 +578,8 @@ class NothingSilentlyWrong(TestCase):
         path, transformer = os.path.join(folder, "weights.pt"), random_model(dtype=torch.float32)
         model.save(dataclasses.asdict(SMALL), os.path.join(folder, "config.json"))
         state = transformer.state_dict()
-        lens = state | {f"blocks.{l}.attn.mask": torch.zeros(8, 8) for l in range(2)}
+        causal = torch.ones(8, 8).tril().bool()
+        lens = state | {f"blocks.{l}.attn.mask": causal for l in range(2)}
         lens["blocks.1.attn.IGNORE"] = torch.zeros(())
         prefixed = [{f"{prefix}{name}": value for name, value in state.items()}
                     for prefix in ("_orig_mod.", "module.", "module._orig_mod.")]
@@ -586,6 +587,16 @@ class NothingSilentlyWrong(TestCase):
             model.save(weights, path)
             self.assertTrue(torch.equal(model.load_weights(path).embed.W_E, transformer.embed.W_E))
         self.assertEqual(model.load_weights(path).sha256, hashlib.sha256(read(path)).hexdigest())
+
+        # The same names and shapes, another function: a bidirectional model, and others of that library.
+        model.save(state | {"blocks.0.attn.mask": torch.ones(8, 8).bool()}, path)
+        with self.assertRaisesRegex(ValueError, "blocks.0.attn.mask is not causal"):
+            model.load_weights(path)
+        model.save(state, path)
+        for name, value in (("use_attn_scale", False), ("attn_only", True)):
+            model.save(dataclasses.asdict(SMALL) | {name: value}, os.path.join(folder, "config.json"))
+            with self.assertRaisesRegex(ValueError, f"says {name} {value}: here it is always"):
+                model.load_weights(path)
 
     def test_a_run_in_a_folder_called_steps_is_read_with_its_own_config(self):
         folder = os.path.join(self.folder(), "steps")
@@ -645,48 +656,74 @@ class Training(TestCase):
     def test_a_step_is_adamw_on_the_papers_loss(self):
         for loss_from in (2, 0):
             run, twin = self.run_of(loss_from=loss_from), self.run_of()
-            length = torch.randint(3, 15, (), generator=twin.lengths).item()
+            length = run.draw_length()
             a = data.sample(2, length, twin.sequences).a
             twin_loss = ((twin.model(a[:, :-1]) - a[:, 1:])[:, loss_from:] ** 2).mean()
             twin_loss.backward()
-            self.assertClose(run.step(), twin_loss.detach(), 1e-6)
+            self.assertClose(run.take_step(length), twin_loss.detach(), 1e-6)
             for (name, after), before in zip(run.model.named_parameters(), twin.model.parameters()):
                 g = before.grad
                 with self.subTest(name):  # the moments are those of g alone, corrected to g and g^2
                     expected = before * (1 - 1e-4 * 0.01) - 1e-4 * g / (g.abs() + 1e-8)
                     self.assertClose(after.detach(), expected.detach(), 1e-7)
 
-    def assertPartsMakeAWhole(self, device: str):
-        whole, settings = (self.settings(steps=steps, eval_every=4, device=device) for steps in (10, 5))
-        whole = self.quietly(train.open_run(whole, resume=False))
-        self.quietly(train.open_run(settings, resume=False))
-        resumed = train.open_run({"out": settings["out"], "steps": 10, "device": device}, resume=True)
+    def assertPartsMakeAWhole(self, device: str, **changes):
+        settings = self.settings(steps=10, eval_every=5, device=device, **changes)
+        whole = self.quietly(train.open_run(settings, resume=False))
+        half = settings | {"out": os.path.join(self.folder(), "half")}
+        run = train.open_run(half, resume=False)
+        with mock.patch.object(train.data, "evaluate", side_effect=[1.0, KeyboardInterrupt]):
+            self.assertRaises(KeyboardInterrupt, self.quietly, run)  # with the second row
+
+        resumed = train.open_run({"out": half["out"], "device": device}, resume=True)
         self.assertEqual(resumed.done, 5)
         self.quietly(resumed)
         for a, b in zip(whole.model.parameters(), resumed.model.parameters()):
             self.assertTrue(torch.equal(a, b))
-        rows = [[float(x) for x in line.split(",")[:3]] for line in resumed.log.split()[1:]]
-        self.assertEqual([row[0] for row in rows], [4, 5, 8, 10])
-        self.assertEqual(rows[-1], [float(x) for x in whole.log.split()[-1].split(",")[:3]])
+        rows = [line.split(",") for run in (whole, resumed) for line in run.log.split()[1:]]
+        self.assertEqual([row[0] for row in rows], ["5", "10", "5", "10"])
+        self.assertEqual(rows[1][:3], rows[3][:3])
+        return whole
 
     def test_a_run_in_two_parts_equals_one_in_one_part(self):
-        self.assertPartsMakeAWhole("cpu")
+        constant = self.assertPartsMakeAWhole("cpu")
+        falling = self.assertPartsMakeAWhole("cpu", decay_steps=7)
+        self.assertFalse(torch.equal(constant.model.embed.W_E, falling.model.embed.W_E))
+
+    def test_the_learning_rate_falls_linearly_to_0_over_the_last_steps(self):
+        run = self.run_of(steps=10, decay_steps=4)
+        rates = []
+        for _ in range(10):
+            run.take_step(3)
+            rates.append(run.optimizer.param_groups[0]["lr"] / 1e-4)
+        np.testing.assert_allclose(rates, [1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+    def test_a_finished_run_goes_on_with_more_steps_and_another_end(self):
+        settings = self.settings(steps=5, eval_every=5)
+        self.quietly(train.open_run(settings, resume=False))
+        more = {"out": settings["out"], "steps": 10, "decay_steps": 5}
+        twin = self.quietly(train.open_run(more, resume=True))
+        whole = self.quietly(train.open_run(self.settings(steps=10, eval_every=5, decay_steps=5), False))
+        self.assertTrue(torch.equal(twin.model.embed.W_E, whole.model.embed.W_E))
+        config = json.loads(read(os.path.join(settings["out"], "config.json")))
+        self.assertEqual((config["steps"], config["decay_steps"]), (10, 5))
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
     def test_a_run_in_two_parts_equals_one_in_one_part_on_cuda(self):
-        self.assertPartsMakeAWhole("cuda")
+        self.assertPartsMakeAWhole("cuda", decay_steps=7)
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
     def test_captured_steps_are_the_plain_steps(self):
         captured, plain = (self.run_of(device="cuda", no_graphs=no_graphs) for no_graphs in (False, True))
-        captured.capture()
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.capture(captured)
         self.assertTrue(captured.graphs)
-        for _ in range(8):
-            self.assertClose(captured.step().cpu(), plain.step().cpu(), 1e-6)
+        for length in (3, 14, 5, 14):
+            self.assertClose(captured.take_step(length).cpu(), plain.take_step(length).cpu(), 1e-6)
 
     def test_a_killed_run_resumes_to_the_same_bits_and_the_same_log(self):
         folder = self.folder()
-        script = "import train; train.SAVE_SECONDS = 0; train.HELD_OUT_PER_LENGTH = 2; train.main()"
+        script = "import train; train.HELD_OUT_PER_LENGTH = 2; train.main()"
         arguments = ["--d-mlp", "20", "--steps", "60", "--eval-every", "5", "--batch-size", "2", "--device",
                      "cpu", "--keep-steps", "--out"]
         killed = subprocess.Popen([sys.executable, "-c", script, *arguments, os.path.join(folder, "killed")],
@@ -696,8 +733,9 @@ class Training(TestCase):
         killed.communicate()
         self.assertEqual(killed.returncode, -signal.SIGKILL)
         with mock.patch.object(train, "HELD_OUT_PER_LENGTH", 2):
-            for out, more in (("killed", ["--resume"]), ("whole", [])):
-                done = command(train.main, *arguments, os.path.join(folder, out), *more)
+            again = ["--resume", "--out"]  # what else it was given it knows, --keep-steps too
+            for out, given in (("killed", again), ("whole", arguments)):
+                done = command(train.main, *given, os.path.join(folder, out))
                 self.assertEqual(done[0], 0, done)
         for name in ("weights.pt", "steps/00000032.pt", "steps/00000000.pt"):
             self.assertEqual(*(read(os.path.join(folder, out, name)) for out in ("whole", "killed")))
@@ -707,7 +745,7 @@ class Training(TestCase):
 
     def test_an_interrupt_ends_with_a_line_that_says_where_it_goes_on(self):
         out = os.path.join(self.folder(), "run")
-        with mock.patch.object(train.Run, "step", side_effect=KeyboardInterrupt):
+        with mock.patch.object(train.Run, "take_step", side_effect=KeyboardInterrupt):
             status, said, _ = command(train.main, "--d-mlp", "20", "--out", out)
         self.assertEqual(status, 130)
         self.assertIn("stopped; --resume goes on from step 0", said)
@@ -733,7 +771,8 @@ class Training(TestCase):
         self.assertEqual((done.returncode, done.stderr), (0, b""))
         self.assertEqual(len(read(os.path.join(out, "log.csv")).split()), 5)
         with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as stream:
-            train.say(out, stream)
+            with contextlib.redirect_stdout(stream):
+                train.say(out)
             self.assertIn(b"s\\xe4", stream.buffer.getvalue())
 
     def test_folders_that_cannot_be_used_are_refused_and_left_as_they_are(self):
@@ -761,12 +800,34 @@ class Training(TestCase):
             with self.assertRaisesRegex(ValueError, "already holds a run"):
                 train.open_run(settings, resume=False)
             os.remove(os.path.join(settings["out"], name))
+        with self.assertRaisesRegex(ValueError, "just begun.* delete .*config.json"):
+            train.open_run(settings, resume=False)
+
+    def test_of_two_runs_that_begin_in_one_folder_the_second_is_refused(self):
+        settings = self.settings()
+        with mock.patch.object(train.Run, "save"):  # the first has not come to write anything yet
+            train.open_run(settings, resume=False)
+        config = read(os.path.join(settings["out"], "config.json"))
+        with self.assertRaisesRegex(ValueError, "belongs to a run that has just begun"):
+            train.open_run(settings | {"seed": 2}, resume=False)
+        self.assertEqual(read(os.path.join(settings["out"], "config.json")), config)
+
+    def test_a_run_is_resumed_with_its_number_of_threads(self):
+        settings = self.settings()
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(2)
+        train.open_run(settings, resume=False)
+        torch.set_num_threads(1)
+        train.open_run({"out": settings["out"]}, resume=True)
+        self.assertEqual(torch.get_num_threads(), 2)
 
     def test_bad_command_lines_are_refused_in_one_line(self):
         out = os.path.join(self.folder(), "run")
         for arguments, says in ((["--steps", "0"], "at least 1, not 0"), (["--steps", "many"], "invalid int"),
                                 (["--lr", "nan"], "finite"), (["--lr", "0"], "at least"),
-                                (["--weight-decay", "-1"], "at least 0"), (["--device", "x"], "cpu, cuda"),
+                                (["--weight-decay", "-1"], "at least 0"), (["--device", "x"], "device must be one of"),
+                                (["--decay-steps", "-1"], "at least 0"),
+                                (["--steps", "9", "--decay-steps", "10"], "0 to steps = 9, not 10"),
                                 (["--dtype", "float16"], "float32, bfloat16"), (["--n-layers", "0"], "1"),
                                 (["--act-fn", "tanh"], "relu, gelu_new"), (["--loss-from", "3"], "0 to 2"),
                                 (["--n-ctx", "8"], "at least 14"), (["--speed", "high"], "unrecognized")):
