@@ -33,13 +33,11 @@ class Sample(NamedTuple):
     d: Tensor  # [batch, d_vocab], scaled like a
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Drawing sequences
-
-
+# ---------- Drawing sequences ----------
 def uniform(generator: torch.Generator, low: float, high: float, *shape: int, dtype=torch.float32) -> Tensor:
     """Numbers from U[low, high], on the generator's device."""
-    return low + (high - low) * torch.rand(*shape, generator=generator, device=generator.device, dtype=dtype)
+    drawn = torch.rand(*shape, generator=generator, device=generator.device, dtype=dtype)
+    return low + (high - low) * drawn
 
 
 def normalise(a: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,10 +70,14 @@ def solve_recurrence(x: Tensor) -> Tensor:
     steps, d the mean of what the two equations leave. A sequence that stands still, of which any c is true,
     goes on standing still.
     """
-    first, second, third = x[:, :-2], x[:, 1:-1], x[:, 2:]
-    step, next_step = second - first, third - second
+    first = x[:, :-2]
+    second = x[:, 1:-1]
+    third = x[:, 2:]
+    step = second - first
+    next_step = third - second
     squared = (step**2).sum(-1, keepdim=True)
-    c = torch.where(squared > 0, (step * next_step).sum(-1, keepdim=True) / squared, 0.0)
+    product = (step * next_step).sum(-1, keepdim=True)
+    c = torch.where(squared > 0, product / squared, 0.0)
     d = (third - c * second + second - c * first) / 2
     return c * third + d
 
@@ -91,7 +93,8 @@ class Task:
     @property
     def lengths(self) -> range:
         """The numbers of inputs of training sequences."""
-        return range(max(MIN_LENGTH, self.first + 1), MAX_LENGTH + 1)
+        shortest = max(MIN_LENGTH, self.first + 1)
+        return range(shortest, MAX_LENGTH + 1)
 
 
 TASKS = {"affine": Task(FIRST_POSITION, draw_affine, solve_recurrence)}  # beyond/recurrences.py adds others
@@ -100,8 +103,7 @@ TASKS = {"affine": Task(FIRST_POSITION, draw_affine, solve_recurrence)}  # beyon
 def find_task(name: str) -> Task:
     """The entry of TASKS. ValueError if there is none."""
     if name not in TASKS:
-        more = "others are known to python -m beyond.recurrences"
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, not {name!r}; {more}")
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, not {name!r}; beyond.recurrences has others")
     return TASKS[name]
 
 
@@ -114,21 +116,25 @@ def sample(batch: int, length: int, generator: torch.Generator, d_vocab: int = D
     divided by m / r, where m is the largest norm among the inputs a_0 .. a_{length-1} and r ~ U[1, 2].
 
     Raises ValueError for a task that there is not, for a length that leaves nothing to predict (3 vectors are
-    needed) or is above n_ctx (32), and unless batch >= 1 and d_vocab >= 1.
+    needed) or is above n_ctx (32), for a c with which sequences of that length leave the range of dtype, and
+    unless batch >= 1 and d_vocab >= 1.
     """
     kind = find_task(task)
-    if not kind.first < length <= N_CTX:
-        needed = f"{kind.first + 1}, which determine the next vector, and n_ctx = {N_CTX}"
-        raise ValueError(f"the length of a sequence of {task} must be between {needed}, not {length}")
+    needed = kind.first + 1  # vectors that determine the next one
+    if not needed <= length <= N_CTX:
+        raise ValueError(f"the length of {task} must be between {needed} and n_ctx = {N_CTX}, not {length}")
     if batch < 1 or d_vocab < 1:
         raise ValueError(f"batch and d_vocab must be at least 1, not {batch} and {d_vocab}")
-    return kind.draw(partial(uniform, generator, dtype=dtype), batch, length, d_vocab, c_range)
+
+    # The sum of the squares of a_length, about 1e5 c^(2 length), must not overflow.
+    most = (torch.finfo(dtype).max / 1e6) ** (0.5 / length)
+    if not all(abs(c) < most for c in c_range):
+        raise ValueError(f"|c| must be below {most:.3g} with {length} inputs in {dtype}, not in {c_range}")
+    draw = partial(uniform, generator, dtype=dtype)
+    return kind.draw(draw, batch, length, d_vocab, c_range)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The evaluation set and the error
-
-
+# ---------- The evaluation set and the error ----------
 def held_out(per_length: int, seed: int = HELD_OUT_SEED, device: torch.device | str = "cpu",
              d_vocab: int = D_VOCAB, task: str = "affine") -> list[Sample]:
     """A fixed evaluation set from the training distribution: `per_length` sequences of each length, 3 .. 14.
@@ -136,9 +142,11 @@ def held_out(per_length: int, seed: int = HELD_OUT_SEED, device: torch.device | 
     It is drawn on the CPU whatever the device, so that every machine measures on the same sequences.
     """
     generator = torch.Generator().manual_seed(seed)
-    lengths = find_task(task).lengths
-    samples = [sample(per_length, length, generator, d_vocab, task=task) for length in lengths]
-    return [Sample(*(t.to(device) for t in s)) for s in samples]
+    samples = []
+    for length in find_task(task).lengths:
+        a, c, d = sample(per_length, length, generator, d_vocab, task=task)
+        samples.append(Sample(a.to(device), c.to(device), d.to(device)))
+    return samples
 
 
 def mse(prediction: Tensor, target: Tensor, first: int = FIRST_POSITION) -> Tensor:
@@ -149,8 +157,8 @@ def mse(prediction: Tensor, target: Tensor, first: int = FIRST_POSITION) -> Tens
     project. Raises ValueError for other shapes.
     """
     if prediction.shape != target.shape or prediction.shape[-2] <= first:
-        raise ValueError(f"prediction and target must have one shape with at least {first + 1} positions, "
-                         f"not {tuple(prediction.shape)} and {tuple(target.shape)}")
+        shapes = f"{list(prediction.shape)} and {list(target.shape)}"
+        raise ValueError(f"prediction and target must have one shape with > {first} positions, not {shapes}")
     return F.mse_loss(prediction[..., first:, :], target[..., first:, :])
 
 
@@ -161,15 +169,18 @@ def neighbours(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
     """The MSE of each sequence, [batch, pos, d_vocab] -> [batch]."""
-    return ((prediction - target)[:, FIRST_POSITION:] ** 2).mean((1, 2))
+    error = (prediction - target)[:, FIRST_POSITION:]
+    return (error**2).mean((1, 2))
 
 
 def explained(prediction: Tensor, target: Tensor) -> float:
     """1 - |prediction - target|^2 / |target|^2 over all elements."""
-    return 1 - ((prediction - target) ** 2).sum().item() / (target**2).sum().item()
+    left = ((prediction - target) ** 2).sum()
+    return 1 - left.item() / (target**2).sum().item()
 
 
 @torch.no_grad()
 def evaluate(model, samples: list[Sample], first: int = FIRST_POSITION) -> float:
     """Held-out MSE: the mean over lengths of the MSE at each length, so that every length counts the same."""
-    return torch.stack([mse(model(s.a[:, :-1]), s.a[:, 1:], first) for s in samples]).mean().item()
+    by_length = [mse(model(s.a[:, :-1]), s.a[:, 1:], first) for s in samples]
+    return torch.stack(by_length).mean().item()

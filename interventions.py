@@ -62,6 +62,12 @@ def record(names: Iterable[str], into: dict[str, Tensor]) -> dict[str, Hook]:
     return {name: keep(name) for name in names}
 
 
+def as_lists(indices: Iterable) -> list:
+    """Indices of heads, layers or positions as plain numbers: rows of `mask.nonzero()` and elements of arrays
+    are no keys of a dict, since two that are equal are two keys."""
+    return [index.tolist() if hasattr(index, "tolist") else index for index in indices]
+
+
 def layer_heads(model: Transformer, layer: int) -> list[Head]:
     """All heads of one layer."""
     return [(layer, head) for head in range(model.config.n_heads)]
@@ -79,8 +85,11 @@ def mean_outputs(cache: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def zero_outputs(model: Transformer) -> dict[str, Tensor]:
     """Zeros for zero ablation, to be used like `mean_outputs`."""
-    return {f"blocks.{l}.{name}": torch.zeros(()) for l in range(model.config.n_layers)
-            for name in ("attn.hook_z", "hook_mlp_out")}
+    zeros = {}
+    for layer in range(model.config.n_layers):
+        zeros[f"blocks.{layer}.attn.hook_z"] = torch.zeros(())
+        zeros[f"blocks.{layer}.hook_mlp_out"] = torch.zeros(())
+    return zeros
 
 
 def replace_outputs(values: dict[str, Tensor], heads: Iterable[Head] = (),
@@ -93,7 +102,7 @@ def replace_outputs(values: dict[str, Tensor], heads: Iterable[Head] = (),
     value does not broadcast.
     """
     by_layer: dict[int, list[int]] = {}
-    for layer, head in heads:
+    for layer, head in as_lists(heads):
         by_layer.setdefault(layer, []).append(head)
 
     def swap_heads(new: Tensor, chosen: list[int]) -> Hook:
@@ -107,7 +116,8 @@ def replace_outputs(values: dict[str, Tensor], heads: Iterable[Head] = (),
     for layer, chosen in by_layer.items():
         name = f"blocks.{layer}.attn.hook_z"
         hooks[name] = swap_heads(values[name], chosen)
-    return hooks | hold({name: values[name] for name in (f"blocks.{layer}.hook_mlp_out" for layer in mlps)})
+    names = [f"blocks.{layer}.hook_mlp_out" for layer in as_lists(mlps)]
+    return hooks | hold({name: values[name] for name in names})
 
 
 def broadcast(new: Tensor, value: Tensor) -> Tensor:
@@ -132,7 +142,7 @@ def patch_positions(values: dict[str, Tensor], positions: Iterable[int]) -> dict
     ValueError for a position outside them and for hook_attn_scores and hook_pattern, which have no position
     in the second place.
     """
-    positions = list(positions)
+    positions = as_lists(positions)
     for name, new in values.items():
         if name.endswith(("hook_attn_scores", "hook_pattern")):
             raise ValueError(f"{name} is [batch, head, dest, src]: only [batch, pos, ...] has positions")
@@ -155,10 +165,18 @@ def replace_qk(model: Transformer, layer: int, heads: Iterable[int], W_Q: Tensor
     d_head], and no b_Q and b_K, which mean nothing in other coordinates. W_Q = W_K = 0: uniform attention."""
     changed = copy.deepcopy(model)
     attn = changed.blocks[layer].attn
-    heads = list(heads)
-    attn.W_Q[heads], attn.W_K[heads] = W_Q, W_K
-    attn.b_Q[heads], attn.b_K[heads] = 0.0, 0.0
+    heads = as_lists(heads)
+    attn.W_Q[heads] = W_Q
+    attn.W_K[heads] = W_K
+    attn.b_Q[heads] = 0.0
+    attn.b_K[heads] = 0.0
     return changed
+
+
+def random_matrices(model: Transformer, heads: list[int], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers in the shape of the heads' W_Q, [len(heads), d_model, d_head]."""
+    shape = (len(heads), model.config.d_model, model.config.d_head)
+    return torch.randn(shape, generator=generator).to(model.embed.W_E)
 
 
 @torch.no_grad()
@@ -169,9 +187,8 @@ def pseudoinverse_qk(model: Transformer, layer: int, heads: Iterable[int],
     W_Q W_K^T is then the orthogonal projection onto a random d_head-dimensional subspace of R^d_model, the
     identity as nearly as rank d_head allows. Its scale does not depend on that of W_Q.
     """
-    heads = list(heads)
-    W_Q = torch.randn(len(heads), model.config.d_model, model.config.d_head,
-                      generator=generator).to(model.embed.W_E)
+    heads = as_lists(heads)
+    W_Q = random_matrices(model, heads, generator)
     W_K = torch.linalg.pinv(W_Q).transpose(1, 2)  # [len(heads), d_model, d_head]
     return replace_qk(model, layer, heads, W_Q, W_K)
 
@@ -181,10 +198,15 @@ def random_qk(model: Transformer, layer: int, heads: Iterable[int],
               generator: torch.Generator) -> Transformer:
     """The control to `pseudoinverse_qk`: W_Q and W_K independent and random, their product as large
     (Frobenius) as the trained one."""
-    heads = list(heads)
-    shape = (len(heads), model.config.d_model, model.config.d_head)
-    W_Q, W_K = (torch.randn(shape, generator=generator).to(model.embed.W_E) for _ in range(2))
+    heads = as_lists(heads)
+    W_Q = random_matrices(model, heads, generator)
+    W_K = random_matrices(model, heads, generator)
     attn = model.blocks[layer].attn
-    trained = (attn.W_Q[heads] @ attn.W_K[heads].transpose(1, 2)).norm(dim=(1, 2), keepdim=True)
-    return replace_qk(model, layer, heads,
-                      W_Q * trained / (W_Q @ W_K.transpose(1, 2)).norm(dim=(1, 2), keepdim=True), W_K)
+    trained = circuit_norms(attn.W_Q[heads], attn.W_K[heads])
+    W_Q = W_Q * trained / circuit_norms(W_Q, W_K)
+    return replace_qk(model, layer, heads, W_Q, W_K)
+
+
+def circuit_norms(W_Q: Tensor, W_K: Tensor) -> Tensor:
+    """Frobenius norms of W_Q W_K^T, [heads, 1, 1]."""
+    return (W_Q @ W_K.transpose(1, 2)).norm(dim=(1, 2), keepdim=True)

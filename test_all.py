@@ -174,12 +174,21 @@ class Data(TestCase):
 
     def test_lengths_that_the_model_has_no_positions_for_are_refused(self):
         for length in (0, -1, 2, 33):
-            with self.assertRaisesRegex(ValueError, f"between 3, .* and n_ctx = 32, not {length}"):
+            with self.assertRaisesRegex(ValueError, f"between 3 and n_ctx = 32, not {length}"):
                 data.sample(4, length, seeded())
         with self.assertRaisesRegex(ValueError, "task must be one of affine"):
             data.sample(4, 4, seeded(), task="nonsense")
         with self.assertRaisesRegex(ValueError, "batch"):
             data.sample(0, 5, seeded())
+
+    def test_ranges_of_c_with_which_numbers_overflow_are_refused(self):
+        for most, length in ((3.2, 32), (14, 14)):
+            a = data.sample(1000, length, seeded(), c_range=(-most, most)).a
+            longest = a[:, :-1].norm(dim=-1).amax(1)
+            self.assertTrue(((longest > 1 - 1e-4) & (longest < 2 + 1e-4)).all())
+        for c_range in ((-6.0, 6.0), (-1000.0, 1000.0), (0.0, torch.nan)):
+            with self.assertRaisesRegex(ValueError, "c. must be below 3.22 with 32 inputs"):
+                data.sample(1000, 32, seeded(), c_range=c_range)
 
     def test_mse_is_that_of_a_3_and_later(self):
         target = data.sample(6, 5, seeded()).a[:, 1:]
@@ -560,6 +569,24 @@ class NothingSilentlyWrong(TestCase):
                 transformer.run_from(1, bad)
         with self.assertRaisesRegex(KeyError, "blocks.0.attn.hook_pattern"):
             transformer(x, hooks={"blocks.0.attn.hook_patern": lambda v: v})
+
+    def test_heads_layers_and_positions_may_be_lists_tensors_or_arrays(self):
+        transformer, x = random_model(), random_input()
+        zeros = interventions.zero_outputs(transformer)
+        heads = torch.tensor([[1, 0], [1, 2], [0, 1]])
+        given = {"heads": heads, "mlps": torch.tensor([1])}
+        expected = transformer(x, hooks=interventions.replace_outputs(zeros, heads.tolist(), [1]))
+        for convert in (lambda t: t, lambda t: t.numpy(), lambda t: tuple(t.unbind())):
+            kinds = {name: convert(value) for name, value in given.items()}
+            found = transformer(x, hooks=interventions.replace_outputs(zeros, **kinds))
+            self.assertTrue(torch.equal(found, expected))
+            changed = interventions.replace_qk(transformer, 1, convert(torch.tensor([0, 2])), 0.0, 0.0)
+            self.assertEqual(changed.blocks[1].attn.W_Q.abs().amax((1, 2)).gt(0).tolist(), [0, 1, 0])
+            patch = interventions.patch_positions({"hook_embed": torch.zeros(4, 6, 12)},
+                                                  convert(torch.tensor([1, 3])))
+            cache: dict = {}
+            transformer(x, hooks=patch, cache=cache)
+            self.assertEqual(cache["hook_embed"].abs().amax((0, 2)).gt(0).tolist(), [1, 0, 1, 0, 1, 1])
 
     def test_patches_of_no_or_wrong_positions_and_of_patterns_are_refused(self):
         cache: dict = {}
