@@ -40,7 +40,7 @@ import data
 import interventions
 from data import FIRST_POSITION, MAX_LENGTH, explained, neighbours, squared_errors
 from interventions import Hook
-from model import (Transformer, data_ov_circuit, data_qk_circuit, fold, load_file, load_weights, ov_circuit,
+from model import (Transformer, data_ov_circuit, data_qk_circuit, fold, load_weights, ov_circuit,
                    qk_circuit, save, settings_beside)
 from train import command_line, from_settings, progress, say
 
@@ -53,7 +53,6 @@ FEW = 100  # test sequences for interventions in single heads and for those that
 QK_DRAWS = 5  # random matrices for each arm of the pseudoinverse test
 RESAMPLES = 400  # of each bootstrap
 SCALE = "ln_final.hook_scale"
-LOSS_FROM_0 = os.path.join(HERE, "figures", "loss_from_0.json")  # copied from such a run's figures/
 
 
 # ---------- Claims, figures and the Study ----------
@@ -313,18 +312,17 @@ def figure_sequences(study: Study):
 @functools.cache
 def mse_summary(study: Study) -> dict[str, object]:
     """The MSE over the training distribution, the lengths 3 .. 14 equally often: its mean, interval, by
-    length, by position, on how many sequences, and at the end of the log."""
+    length, on how many sequences, and its range at the end of the log."""
     seed, d_vocab = study.generator("held out").initial_seed(), study.model.config.d_vocab
     per_length, errors = max(1, HELD_OUT_PER_LENGTH * study.size // POPULATION), []
     for sample in data.held_out(per_length, seed, d_vocab=d_vocab):
         left = torch.cat([study.model(x) for x in sample.a[:, :-1].split(100)]) - sample.a[:, 1:]
         errors.append(left[:, FIRST_POSITION:].pow(2).mean(-1))  # [per_length, length - 2]
     of_length = torch.stack([e.mean(1) for e in errors], 1)  # [per_length, lengths]
-    by_position = [torch.cat([e[:, n] for e in errors if n < e.shape[1]]).mean() for n in range(len(errors))]
     found = {"mse": of_length.mean(), "interval": interval(of_length), "sequences": of_length.numel(),
-             "by length, 3 to 14": of_length.mean(0), "by position, 2 to 13": by_position}
+             "by length, 3 to 14": of_length.mean(0)}
     last = study.log.get("eval_mse", np.empty(0))[-20:]
-    return found | ({"last 20 evaluations": last.mean(), "their range": np.ptp(last)} if len(last) else {})
+    return found | ({"last 20 evaluations, range": [last.min(), last.max()]} if len(last) else {})
 
 
 @claim("MSE after training", 1e-4, 2)
@@ -340,24 +338,6 @@ def claim_mse(study: Study) -> Finding:
               "14 inputs, exact solver": solved.pow(2).mean()}
     values |= {name: value for name, value in found.items() if name not in ("mse", "interval")}
     return Finding(mse, verdict(mse <= 2e-4, mse <= 1e-3), values, found["interval"])
-
-
-@claim("a loss over all vector pairs does worse than one from a_3 on", "worse", 2)
-def claim_all_positions(study: Study) -> Finding | None:
-    """MSE over the predictions of a_3 and later of a run with --loss-from 0, else of the same settings.
-    Worse: above this run's interval at the last step, and above this run's as a mean over the last 20
-    evaluations; partly if only one of the two. Left out without such a run."""
-    if study.settings.get("loss_from") == 0 or not os.path.exists(LOSS_FROM_0):
-        return None
-    other, ours = load_file(LOSS_FROM_0, "results of a run with --loss-from 0")[0], mse_summary(study)
-    if from_settings(other["config"] | {"loss_from": 0}) != from_settings(study.settings | {"loss_from": 0}):
-        return None
-    late, by_position = "last 20 evaluations", "by position, 2 to 13"
-    worse, worse_late = other["mse"] > ours["interval"][1], other[late] > ours.get(late, torch.inf)
-    values = {"loss from a_3 on": ours["mse"], f"{late}: all pairs, from a_3": [other[late], ours.get(late)],
-              f"{by_position}: all pairs, from a_3": [other[by_position], ours[by_position]]}
-    both, either = worse and worse_late, worse or worse_late
-    return Finding(other["mse"], verdict(both, either), values, other["interval"])
 
 
 @figure(2, "loss against step")
@@ -389,7 +369,7 @@ def second_token_score(pattern: Tensor) -> Tensor:
 def alternation(pattern: Tensor) -> dict[str, Tensor]:
     """How far attention alternates from source to source, rows n >= 6, sources 2..n, {..: [n_heads]}: "share"
     of a row's variance along (-1)^s; that amplitude, mean over rows, "by distance", with (-1)^(n-s), as where
-    similar vectors attend to each other, and "by source", with (-1)^s, as where all rows prefer a column."""
+    similar vectors attend to each other."""
     rows = []
     for n in range(6, pattern.shape[-1]):
         row = pattern[:, :, n, 2 : n + 1]  # [batch, n_heads, src]
@@ -398,8 +378,8 @@ def alternation(pattern: Tensor) -> dict[str, Tensor]:
         sign = sign - sign.mean()
         along, size = row @ sign, sign.pow(2).sum()
         share = along**2 / (row.pow(2).sum(-1) * size).clamp_min(1e-30)
-        rows.append(torch.stack([share, (-1) ** n * along / size, along / size]))  # [3, batch, n_heads]
-    return dict(zip(("share", "by distance", "by source"), torch.stack(rows).mean((0, 2))))
+        rows.append(torch.stack([share, (-1) ** n * along / size]))  # [2, batch, n_heads]
+    return dict(zip(("share", "by distance"), torch.stack(rows).mean((0, 2))))
 
 
 @claim("layer 0 heads, all but one, attend to the previous vector", "7 of 8 heads", 3)
@@ -434,8 +414,7 @@ def claim_l2_checkerboard(study: Study) -> Finding:
     shows = here["share"] >= 0.5
     both = int((shows & (there["share"] <= here["share"] / 2)).sum())
     values = {"heads that do": both, "heads with a checkerboard": int(shows.sum()),
-              "c near 1": there["share"], "amplitude by distance (similar vectors)": here["by distance"],
-              "amplitude by source (all rows prefer the same columns)": here["by source"]}
+              "c near 1": there["share"], "amplitude by distance (similar vectors)": here["by distance"]}
     return Finding(here["share"], verdict(both > n_heads / 2, shows.sum() > n_heads / 2 or both >= 2), values)
 
 
@@ -558,13 +537,12 @@ def claim_l1_orthogonal(study: Study) -> Finding:
 
 @figure(7, "direct logit attribution of the heads")
 def figure_head_attribution(study: Study):
-    title = "Direct logit attribution of the heads to the next vector and to the step to it"
-    canvas, panels = grid(2, 3, 11, 7.5, title, height_ratios=[1, 2.6])
+    title = "Direct logit attribution of the heads to the next vector"
+    canvas, panels = grid(2, 2, 9, 7.5, title, height_ratios=[1, 2.6])
     found = attributions(study, "attn.hook_result")
     # By position (b) is a share of the target: the last ones are longest and would wash out the rest.
     shown = (("(a) the paper's: ln_final on the head alone", "paper, next", "paper, next", "dot product"),
-             ("(b) standard: the stream's scale", "standard, next", "share, next", "share of the target"),
-             ("(b), to the step", "standard, step", "share, step", "share of the step"))
+             ("(b) standard: the stream's scale", "standard, next", "share, next", "share of the target"))
     for (top, bottom), (title, name, by_position, unit) in zip(panels.T, shown):
         mean, rows = found[name][..., FIRST_POSITION:].mean(-1), found[by_position].flatten(0, 1)
         title += "\nmean over positions 2 to 13"
@@ -602,24 +580,19 @@ def ov_fits(study: Study) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Slope, intercept and R^2 of what the OV circuits of layer 0 make of vectors, a line a vector, {reading:
     three tensors [batch, pos]}. The measured reading, "data vectors", is the points (a_d, (ln1(x) OV W_U)_d);
     "head h" is its part. Both are nan for vectors shorter than 1, which after ln1 are mostly position
-    embedding, and so is "all of layer 0", the stream after it unembedded, against a_{n-1}."""
+    embedding."""
     model, a, resid = study.model, study.population.a[:, :-1], study.activations["blocks.0.hook_resid_pre"]
-    ov, W_U, after = ov_circuit(model, 0), model.unembed.W_U, "blocks.0.hook_resid_post"
+    ov, W_U = ov_circuit(model, 0), model.unembed.W_U
     normalised = study.activations["blocks.0.ln1.hook_normalized"]
 
     def fit_large(vectors: Tensor, written: Tensor) -> tuple[Tensor, ...]:
         large = vectors.norm(dim=-1) >= 1
         return tuple(part.where(large, torch.nan) for part in fit_line(vectors, written))
 
-    mixed = torch.stack([vectors.roll(p, 0) for p, vectors in enumerate(a.unbind(1))], 1)
-    after_mixed, (_, written) = study.record(mixed, after)[after], read_and_written(study, resid)
-    fits = {"data vectors": fit_large(a, written), "data vectors of any norm": fit_line(a, written),
+    _, written = read_and_written(study, resid)
+    fits = {"data vectors": fit_large(a, written),
             "random vectors": fit_line(*read_and_written(study, random_vectors(study))),
-            "weights alone, no ln1, no position": fit_line(a, a @ data_ov_circuit(model, 0).sum(0)),
-            "d_model coordinates": fit_line(resid, resid @ ov.sum(0)),
-            "all of layer 0": fit_large(a[:, 1:-1], (study.activations[after] @ W_U)[:, 2:]),
-            "all of layer 0, vectors of different recurrences":
-                fit_large(mixed[:, 1:-1], (after_mixed @ W_U)[:, 2:])}
+            "d_model coordinates": fit_line(resid, resid @ ov.sum(0))}
     return fits | {f"head {h}": fit_large(a, normalised @ ov[h] @ W_U) for h in study.heads}
 
 
@@ -739,19 +712,17 @@ def figure_ov_layer_0_random(study: Study):
 
 # ---------- 4.5 First layer ----------
 @functools.cache
-def ablations(study: Study) -> dict[str, dict[str, Tensor]]:
-    """MSE of test sequences with a part of the model ablated, {part: {kind: [size] or [FEW]}}, the parts
-    being "layer 1 heads", "layer 1 MLP", "head 1.0" and so on; "mean" at each position of the population, or
-    "zero", which leaves b_O (with the folded value biases)."""
-    zero, found = interventions.zero_outputs(study.model), {}
-    values = {"mean": interventions.mean_outputs(study.activations), "zero": zero}
+def ablations(study: Study) -> dict[str, Tensor]:
+    """MSE of test sequences with a part of the model at its mean at each position of the population, {part:
+    [size] or [FEW]}, the parts being "layer 1 heads", "layer 1 MLP", "head 1.0" and so on."""
+    means, found = interventions.mean_outputs(study.activations), {}
     for l in study.layers:
         parts = {f"layer {l} heads": (interventions.layer_heads(study.model, l), []),
-                 f"layer {l} MLP": ([], [l]), **{f"head {l}.{h}": ([(l, h)], []) for h in study.heads}}
+                 f"layer {l} MLP": ([], [l])}
+        parts |= {f"head {l}.{h}": ([(l, h)], []) for h in study.heads if l == 1}
         for part, chosen in parts.items():
             count = study.size if part.endswith("heads") else FEW
-            found[part] = {kind: study.errors(l, interventions.replace_outputs(value, *chosen), count)
-                           for kind, value in values.items()}
+            found[part] = study.errors(l, interventions.replace_outputs(means, *chosen), count)
     return found
 
 
@@ -760,21 +731,17 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
     """Means at each position over the population, MSE on other sequences. All heads of layer 1 at once
     multiply it by at most 4 (the paper's factor is 2); partly if only every head by itself does, or all at
     once with ln_final's scale held at its clean value."""
-    errors, means = ablations(study)["layer 1 heads"]["mean"], interventions.mean_outputs(study.activations)
-    heads, flat = interventions.layer_heads(study.model, 1), {k: mean.mean(0) for k, mean in means.items()}
+    errors, means = ablations(study)["layer 1 heads"], interventions.mean_outputs(study.activations)
+    heads = interventions.layer_heads(study.model, 1)
     held = study.errors(1, interventions.replace_outputs(means, heads), scale=study.clean[SCALE])
-    constant = study.errors(1, interventions.replace_outputs(flat, heads), FEW)
+    times = {part: study.factor(arm) for part, arm in ablations(study).items()}
+    by_head = [times[f"head 1.{h}"] for h in study.heads]
     values = {"times the unchanged MSE": study.factor(errors), "times, clean scale": study.factor(held),
-              "times, means over positions too": study.factor(constant), "unchanged": study.baseline.mean(),
+              "times, each head": by_head, "unchanged": study.baseline.mean(),
               "difference, interval": interval(errors - study.baseline)}
-    for kind in ("mean", "zero"):
-        times = {part: study.factor(arms[kind]) for part, arms in ablations(study).items()}
-        values |= {f"times, {part} by layer, {kind}": [times[f"layer {l} {part}"] for l in study.layers]
-                   for part in ("heads", "MLP")}
-        by_head = [[times[f"head {l}.{h}"] for h in study.heads] for l in study.layers]
-        values[f"times, each head, {kind}"] = by_head
-    worst = max(values["times, each head, mean"][1])
-    how = verdict(study.factor(errors) <= 4, study.factor(held) <= 4 or worst <= 4)
+    values |= {f"times, {part} by layer": [times[f"layer {l} {part}"] for l in study.layers]
+               for part in ("heads", "MLP")}
+    how = verdict(study.factor(errors) <= 4, study.factor(held) <= 4 or max(by_head) <= 4)
     return Finding(errors.mean(), how, values, interval(errors))
 
 
@@ -832,27 +799,13 @@ def eigenvalue_score(circuit: Tensor) -> Tensor:
     return (eigenvalues.sum(-1).real / eigenvalues.abs().sum(-1)).float()
 
 
-@functools.cache
-def measured_basis(study: Study) -> tuple[Tensor, float]:
-    """The check of `data_basis` for layer 2: the linear map D [d_vocab, d_model] from a_{n-1} to what ln1
-    gives, least squares on a_n and a_{n-1}, n >= 2, less their means; and the share that the fit explains."""
-    name, a = "blocks.2.ln1.hook_normalized", study.population.a[:, :-1]
-    y = study.record(a, name)[name][:, FIRST_POSITION:]
-    x = torch.cat([a[:, FIRST_POSITION:], a[:, FIRST_POSITION - 1 : -1]], -1)
-    x, y = ((v - v.mean(0)).flatten(0, 1).double() for v in (x, y))
-    maps = torch.linalg.lstsq(x, y).solution
-    return maps[a.shape[-1] :].float(), explained(x @ maps, y)
-
-
 def identity_finding(study: Study, kind: str, sign: int) -> Finding:
     (circuit, between_data, *_), n_heads = CIRCUITS[kind], len(study.heads)
     cosines = {f"layer {l}": identity_cosine(between_data(study.model, l)) for l in study.layers}
-    measured, (D, r2), W_U = cosines.pop("layer 2"), measured_basis(study), study.model.unembed.W_U
-    through_D, heads = D @ circuit(study.model, 2) @ (W_U if kind == "OV" else D.T), sign * measured >= 0.5
+    measured = cosines.pop("layer 2")
+    heads = sign * measured >= 0.5
     values = {"heads that do": int(heads.sum()), **cosines,
-              "d_model, by layer": [identity_cosine(circuit(study.model, l)).mean() for l in study.layers],
-              "through the measured basis": identity_cosine(through_D), "R2 of that basis": r2,
-              "cosine of that basis with W_U": identity_cosine(D @ W_U)}
+              "d_model, by layer": [identity_cosine(circuit(study.model, l)).mean() for l in study.layers]}
     return Finding(measured, verdict(heads.all(), heads.sum() > n_heads / 2), values)
 
 
@@ -937,9 +890,8 @@ def claim_refinement(study: Study) -> Finding:
     """Explained shares of the next vector, positions 2 to 13, unembedded with the final scale. After layer 0
     at least one half; it is an overestimate: the best constant is at most 0.95; and layer 2's heads leave at
     most half of what is unexplained before them. Partly if only the overestimate is missing."""
-    stages = {"after layer 0's heads": "blocks.0.hook_resid_mid", "after layer 0": "blocks.0.hook_resid_post",
-              "before layer 2": "blocks.1.hook_resid_post", "after its heads": "blocks.2.hook_resid_mid",
-              "after layer 2": "blocks.2.hook_resid_post"}
+    stages = {"after layer 0": "blocks.0.hook_resid_post", "before layer 2": "blocks.1.hook_resid_post",
+              "after its heads": "blocks.2.hook_resid_mid"}
     values = {}
     for stage, hook in stages.items():
         values[stage], values[f"{stage}, best constant"], _ = lens_share(study, hook)
@@ -971,11 +923,10 @@ def figure_lens_after_layer_0(study: Study):
 @functools.cache
 def ov_eigenvalue_scores(study: Study) -> dict[str, Tensor]:
     """Eigenvalue scores of the OV circuits by layer and head, {reading: [n_layers, n_heads]}: between data
-    coordinates, of W_V W_O from the d_head x d_head product W_O W_V, and of W_E W_V W_O W_U."""
-    model, W_E, W_U = study.model, study.model.embed.W_E, study.model.unembed.W_U
+    coordinates, and of W_V W_O from the d_head x d_head product W_O W_V."""
+    model = study.model
     circuits = {"data": [data_ov_circuit(model, l) for l in study.layers],
-                "d_model": [block.attn.W_O @ block.attn.W_V for block in model.blocks],
-                "W_E": [W_E @ ov_circuit(model, l) @ W_U for l in study.layers]}
+                "d_model": [block.attn.W_O @ block.attn.W_V for block in model.blocks]}
     return {name: eigenvalue_score(torch.stack(layers)) for name, layers in circuits.items()}
 
 
@@ -985,7 +936,7 @@ def claim_eigenvalue_score(study: Study) -> Finding:
     head of layer 2; partly in more than half of them."""
     readings = ov_eigenvalue_scores(study)
     negative = readings["data"][2] <= -0.5
-    values = {"d_model": readings["d_model"], "entering through W_E": readings["W_E"]}
+    values = {"d_model": readings["d_model"]}
     return Finding(readings["data"], verdict(negative.all(), negative.sum() > len(study.heads) / 2), values)
 
 
@@ -1006,8 +957,7 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
     MSE (the paper prints 0.0001 for both), and uniform attention and random W_Q and W_K of the trained norm
     do more harm (the interval of the difference is above 0); partly if only that, or if each of the five
     stays within 1.5 by itself."""
-    model, means = study.model, interventions.mean_outputs(study.activations)
-    pinv = interventions.pseudoinverse_qk
+    model, pinv = study.model, interventions.pseudoinverse_qk
     likest = identity_cosine(data_qk_circuit(model, 2)).argsort(descending=True)[:5].tolist()
 
     def replaced(change: Callable, heads: Iterable[int], count: int | None = None) -> Tensor:
@@ -1018,14 +968,12 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
 
     measured, random_qk = replaced(pinv, likest), replaced(interventions.random_qk, likest)
     uniform = study.errors(2, {}, model=interventions.replace_qk(model, 2, likest, 0.0, 0.0))
-    ablated = study.errors(2, interventions.replace_outputs(means, [(2, h) for h in likest]))
     gaps, times = [interval(arm - measured) for arm in (uniform, random_qk)], study.factor(measured)
     single = torch.stack([study.factor(replaced(pinv, [h], FEW)) for h in study.heads])
     values = {"heads": likest, "times": times, "times, uniform": study.factor(uniform),
-              "times, random": study.factor(random_qk), "times, mean ablation": study.factor(ablated),
+              "times, random": study.factor(random_qk),
               "uniform and random less pseudoinverse": gaps, "times, each head by itself": single,
-              "times, heads 0 to 4": study.factor(replaced(pinv, study.heads[:5], FEW)),
-              "times, all heads": study.factor(replaced(pinv, study.heads, FEW))}
+              "times, heads 0 to 4": study.factor(replaced(pinv, study.heads[:5], FEW))}
     unchanged, telling = times <= 1.5, gaps[0][0] > 0 and gaps[1][0] > 0
     how = verdict(unchanged and telling, telling or single[likest].max() <= 1.5)
     return Finding(measured.mean(), how, values, interval(measured))
@@ -1077,23 +1025,17 @@ def claim_alpha(study: Study) -> Finding:
     positions 2 to 13. alpha within 2.1 to 2.5, R^2 at least 0.5, and a_n really there: read through W_E^+, by
     a factor between 0.5 and 1.5. Partly if, both free, that of a_{n-1} is positive and R^2 at least 0.5."""
     truth, a_n, before = neighbours(study.population.a)
-    hooks = {"layer 0": "blocks.0.hook_resid_post", "layer 0's heads": "blocks.0.hook_resid_mid"}
-    streams = {f"after {part}": lens(study, hook, own_scale=True) for part, hook in hooks.items()}
-    W_E_inverse = torch.linalg.pinv(study.model.embed.W_E)
-    streams |= {"after layer 0, through W_E^+": study.activations[hooks["layer 0"]] @ W_E_inverse,
-                "after layer 0, final scale": lens(study, hooks["layer 0"])}
-    targets = {name: stream[:, FIRST_POSITION:] for name, stream in streams.items()}
-    values, free, one_held = {}, {}, {}
-    for name, y in (targets | {"the true next vector": truth}).items():
-        (beta, alpha), r2 = regress(y, a_n, before)
-        (held,), _ = regress(y - a_n, before)
-        free[name], one_held[name] = [beta, alpha, r2], [held, explained(a_n + held * before, y)]
-        values |= {f"{name}: a_n, a_n-1, R2": free[name], f"{name}: a_n-1, R2, a_n at 1": one_held[name]}
-    values["a_n + 2.3 a_n-1 explains of the true next vector"] = explained(a_n + 2.3 * before, truth)
-    alpha, r2 = one_held["after layer 0"]
-    survives = 0.5 <= free["after layer 0, through W_E^+"][0] <= 1.5
-    how = verdict(2.1 <= alpha <= 2.5 and r2 >= 0.5 and survives,
-                  free["after layer 0"][1] > 0 and free["after layer 0"][2] >= 0.5)
+    after = "blocks.0.hook_resid_post"
+    stream = lens(study, after, own_scale=True)[:, FIRST_POSITION:]
+    through_W_E = (study.activations[after] @ torch.linalg.pinv(study.model.embed.W_E))[:, FIRST_POSITION:]
+    (beta, free), free_r2 = regress(stream, a_n, before)
+    (alpha,), _ = regress(stream - a_n, before)
+    r2 = explained(a_n + alpha * before, stream)
+    (survives, _), _ = regress(through_W_E, a_n, before)
+    values = {"both free: a_n, a_n-1, R2": [beta, free, free_r2], "a_n at 1: a_n-1, R2": [alpha, r2],
+              "through W_E^+: a_n": survives,
+              "a_n + 2.3 a_n-1 explains of the true next vector": explained(a_n + 2.3 * before, truth)}
+    how = verdict(2.1 <= alpha <= 2.5 and r2 >= 0.5 and 0.5 <= survives <= 1.5, free > 0 and free_r2 >= 0.5)
     return Finding(alpha, how, values)
 
 
@@ -1140,20 +1082,17 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def markdown(catalogue: Catalogue, results: dict) -> str:
-    """The report: a table of the claims, then each with its rule, its picture (once) and its values."""
+    """The report: a table of the claims, then each with its rule and its picture (once)."""
     rows, details = [], []
     layers, figures = results["meta"]["config"].get("n_layers", 3), sorted(catalogue.figures.items())
     pictures = {n: f"![{entry.text}]({catalogue.file(n)})" for n, entry in figures if entry.layers <= layers}
     for name, found in results["claims"].items():
-        fresh, ends = found["untrained"], " to ".join(map(short, found["interval"] or ()))
+        ends = " to ".join(map(short, found["interval"] or ()))
         rows.append([f"[`{name}`](#{name}) {found['claim']}", short(found["paper"] or "(ours)"),
                      short(found["measured"]), ends, found["verdict"]])
-        verdicts = f"**{found['verdict']}** (untrained: {fresh['verdict']})"
+        verdicts = f"**{found['verdict']}** (untrained: {found['untrained']})"
         details += [f"\n## {name}\n\n{found['claim']}: {verdicts}.\n\nRule: {found['why']}\n",
                     pictures.pop(catalogue.claims[name].figure, "") + "\n"]
-        values = {"measured": found["measured"]} | found["values"]
-        details += table(["value", "trained", "untrained"],
-                         ([key, short(v), short(fresh["values"].get(key, ""))] for key, v in values.items()))
     about = [f"{key}: {value}  " for key, value in results["meta"].items()]
     rows = table(["claim", "paper", "measured", "95% interval", "verdict"], rows)
     return "\n".join(["# Claims\n", *about, "", *rows, *details, "\n## Others\n", *pictures.values(), ""])
@@ -1167,15 +1106,12 @@ def draw(entry: Entry, study: Study, path: str):
     save(buffer.getvalue(), path)
 
 
-def measure(entry: Entry, study: Study) -> dict | None:
-    """A claim as results.json has it, also on the untrained model; None where it cannot be measured."""
+def measure(entry: Entry, study: Study) -> dict:
+    """A claim as results.json has it, with the untrained model's verdict."""
     found, fresh = entry.function(study), entry.function(study.untrained)
-    if found is None or fresh is None:
-        return None
-    untrained = {"verdict": fresh.verdict, "values": {"measured": fresh.measured} | fresh.values}
     return plain({"claim": entry.text, "paper": entry.paper, "measured": found.measured,
                   "interval": found.interval, "values": found.values, "verdict": found.verdict,
-                  "why": " ".join((entry.function.__doc__ or "").split()), "untrained": untrained})
+                  "why": " ".join((entry.function.__doc__ or "").split()), "untrained": fresh.verdict})
 
 
 def analyse(catalogue: Catalogue, study: Study, out: str, wanted: list[int] | None, name: str):
@@ -1193,8 +1129,8 @@ def analyse(catalogue: Catalogue, study: Study, out: str, wanted: list[int] | No
         fits = entry.layers <= len(study.layers)
         if fits and kind == "figure":
             draw(entry, study, os.path.join(out, catalogue.file(key)))
-        elif fits and (found := measure(entry, study)):
-            claims[key] = found
+        elif fits:
+            claims[key] = measure(entry, study)
         else:
             left_out.append(f"{kind} {key}")
     if not wanted:
@@ -1236,9 +1172,6 @@ def run_command(catalogue: Catalogue, doc: str, name: str, default_out: str):
     try:
         study = open_study(run, step)
         analyse(catalogue, study, out, given.get("fig"), name)
-        if catalogue is PAPER and "all" in given and study.settings.get("loss_from") == 0:
-            found = plain(mse_summary(study)) | {"config": study.settings, "sha256": study.model.sha256}
-            save(found, os.path.join(out, os.path.basename(LOSS_FROM_0)))
     except (OSError, ValueError) as error:
         progress("")
         sys.exit(f"{parser.prog}: error: {error}")
