@@ -3,7 +3,7 @@ measured on them, and what solves them exactly.
 
     import torch, data
     s = data.sample(batch=16, length=14, generator=torch.Generator().manual_seed(0))
-    inputs, targets = s.a[:, :-1], s.a[:, 1:]          # both [16, 14, 40]
+    s.inputs, s.targets                                # s.a[:, :-1] and s.a[:, 1:], both [16, 14, 40]
 
 The model sees a_0 .. a_{n-1} and must predict a_1 .. a_n; nobody tells it c or d. Two differences of known
 vectors determine c, so the first vector that can be predicted is a_3, from a_0, a_1 and a_2.
@@ -28,9 +28,17 @@ HELD_OUT_SEED = 20_241_024  # of the evaluation set: the day of the paper
 class Sample(NamedTuple):
     """A batch of sequences, scaled so that the largest input norm lies in [1, 2]."""
 
-    a: Tensor  # [batch, length + 1, d_vocab]; inputs are a[:, :-1], targets a[:, 1:]
+    a: Tensor  # [batch, length + 1, d_vocab]
     c: Tensor  # [batch], with a[:, k] = c a[:, k - 1] + d
     d: Tensor  # [batch, d_vocab], scaled like a
+
+    @property
+    def inputs(self) -> Tensor:  # [batch, length, d_vocab]
+        return self.a[:, :-1]
+
+    @property
+    def targets(self) -> Tensor:  # [batch, length, d_vocab]
+        return self.a[:, 1:]
 
 
 # ---------- Drawing sequences ----------
@@ -174,13 +182,13 @@ def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def explained(prediction: Tensor, target: Tensor) -> float:
-    """1 - |prediction - target|^2 / |target|^2 over all elements."""
-    left = ((prediction - target) ** 2).sum()
-    return 1 - left.item() / (target**2).sum().item()
+    """1 - |prediction - target|^2 / |target|^2 over all elements; not finite for a target of zeros."""
+    left = ((prediction - target) ** 2).sum().double()
+    return 1 - (left / (target**2).sum()).item()
 
 
 @torch.no_grad()
 def evaluate(model, samples: list[Sample], first: int = FIRST_POSITION) -> float:
     """Held-out MSE: the mean over lengths of the MSE at each length, so that every length counts the same."""
-    by_length = [mse(model(s.a[:, :-1]), s.a[:, 1:], first) for s in samples]
+    by_length = [mse(model(s.inputs), s.targets, first) for s in samples]
     return torch.stack(by_length).mean().item()

@@ -8,6 +8,7 @@ Small models and few sequences, except where the shipped weights themselves are 
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -466,12 +468,13 @@ class Measures(TestCase):
         checkerboard, columns = even, (s % 2 == 0).expand(14, 14).float().tril()
         patterns = torch.stack([p / p.sum(-1, keepdim=True) for p in (checkerboard, columns)])[None]
         found = analyze.alternation(patterns)
-        self.assertClose(found["share"], 1, 1e-5)
-        self.assertGreater(found["by distance"][0], 0.05)
-        self.assertLess(found["by distance"][1].abs(), 0.1 * found["by distance"][0])
+        self.assertClose(found.share, 1, 1e-5)
+        self.assertGreater(found.by_distance[0], 0.05)
+        self.assertLess(found.by_distance[1].abs(), 0.1 * found.by_distance[0])
         trend = torch.arange(1.0, 15).expand(14, 14).tril()
-        self.assertLess(analyze.alternation((trend / trend.sum(-1, keepdim=True))[None, None])["share"], 0.1)
-        self.assertLess(analyze.alternation(torch.full((1, 1, 14, 14), 0.1))["share"].item(), 1e-9)
+        trend = trend / trend.sum(-1, keepdim=True)
+        self.assertLess(analyze.alternation(trend[None, None]).share.item(), 0.1)
+        self.assertLess(analyze.alternation(torch.full((1, 1, 14, 14), 0.1)).share.item(), 1e-9)
 
     def test_intervals_are_as_wide_as_the_statistics_vary(self):
         values = torch.randn(2000, generator=seeded())
@@ -902,7 +905,7 @@ class Analysis(TestCase):
         means = interventions.mean_outputs(study.activations)
         hooks, ablated = interventions.replace_outputs(means, interventions.layer_heads(study.model, 1)), {}
         expected = analyze.squared_errors(study.model(x, hooks=hooks, cache=ablated), target)
-        self.assertClose(analyze.ablations(study)["layer 1 heads"] / expected, 1, 1e-3)
+        self.assertClose(study.errors(1, hooks) / expected, 1, 1e-3)
         clean = study.record(x, analyze.SCALE)
         hold = interventions.hold({analyze.SCALE: clean[analyze.SCALE]})
         held = study.model(x, hooks=interventions.join(hooks, hold))
@@ -914,8 +917,9 @@ class Analysis(TestCase):
     def test_all_of_it_gives_the_same_twice_and_figures_that_name_their_axes(self):
         canvases, outs = [], [os.path.join(self.folder(), "figures") for _ in range(2)]
         with mock.patch.object(analyze.Figure, "savefig", lambda canvas, *_, **__: canvases.append(canvas)):
-            for out, draw in zip(outs, (analyze.draw, mock.Mock())):  # what is drawn changes no number
-                with mock.patch.object(analyze, "draw", draw):
+            nothing = mock.Mock(return_value=b"")
+            for out, to_png in zip(outs, (analyze.to_png, nothing)):  # what is drawn changes no number
+                with mock.patch.object(analyze, "to_png", to_png):
                     status, _, err = command(analyze_main, "--all", "--run", SHIPPED, "--out", out)
                 self.assertEqual(status, 0, err)
         for canvas in canvases:
@@ -934,6 +938,51 @@ class Analysis(TestCase):
         self.assertEqual(set(analyze.PAPER.claims) - set(claims), set())
         for found in claims.values():
             self.assertEqual(" ".join(found), "claim paper measured interval values verdict why untrained")
+
+    def test_what_cannot_be_measured_is_named_and_the_rest_is_written(self):
+        catalogue, out = analyze.Catalogue(), self.folder()
+        catalogue.figure(1, "drawn")(analyze.figure_sequences)
+        findings = {"well": 1.0, "endless": [1.0, torch.inf], "singular": None}
+        for name, value in findings.items():
+            def find(study, value=value):
+                """A rule."""
+                if value is None:
+                    torch.linalg.inv(torch.zeros(2, 2))
+                return analyze.Finding(value, "partly", {"a control": torch.nan})
+            find.__name__ = f"claim_{name}"
+            catalogue.claim("a claim", None, 1)(find)
+        with contextlib.redirect_stdout(io.StringIO()) as said, mock.patch.object(analyze.Figure, "savefig"):
+            analyze.analyse(catalogue, self.study(), out, [], "results")
+        lines = said.getvalue().splitlines()
+        self.assertTrue(lines[0].startswith("claim endless cannot be had of this model: what it measures"))
+        self.assertTrue(lines[1].startswith("claim singular cannot be had of this model: "))
+        strict = lambda name: self.fail(f"{name} in a JSON file")
+        results = json.loads(read(os.path.join(out, "results.json")), parse_constant=strict)
+        self.assertEqual(list(results["claims"]), ["well"])
+        self.assertEqual(results["claims"]["well"]["values"], {"a control": None})
+
+    def test_a_model_that_has_died_is_analysed_as_far_as_it_can_be(self):
+        dead = model.Transformer(generator=seeded())
+        for parameter in dead.parameters():
+            parameter.data.zero_()
+        with contextlib.redirect_stdout(io.StringIO()) as said, mock.patch.object(analyze.Figure, "savefig"):
+            study = self.study(dead)
+            study.meta = {"config": {}}
+            analyze.analyse(analyze.PAPER, study, self.folder(), [], "results")
+        self.assertIn("claim l0_ov_r2 cannot be had", said.getvalue())
+        self.assertIn("written to", said.getvalue())
+
+    def test_what_a_study_has_computed_goes_with_it_or_with_its_model(self):
+        study = self.study()
+        before = analyze.held_out_errors(study)
+        self.assertIs(analyze.held_out_errors(study), before)
+        study.model.unembed.W_U.zero_()
+        self.assertGreater(analyze.held_out_errors(study).mean(), 10 * before.mean())
+        activations = weakref.ref(study.activations["blocks.0.hook_resid_pre"])
+        self.assertIsNotNone(activations())
+        del study
+        gc.collect()
+        self.assertIsNone(activations())
 
     def test_a_model_with_fewer_layers_gets_what_has_a_meaning_for_it(self):
         run = os.path.join(self.folder(), "run")

@@ -145,10 +145,10 @@ class Run:
         """What a step consists of: sample, loss, gradients, AdamW."""
         options = self.options
         d_vocab = self.model.config.d_vocab
-        a = data.sample(options.batch_size, length, self.sequences, d_vocab, task=options.task).a
+        batch = data.sample(options.batch_size, length, self.sequences, d_vocab, task=options.task)
         with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            prediction = self.model(a[:, :-1])  # [batch, length, d_vocab]
-        loss = data.mse(prediction.float(), a[:, 1:], options.loss_from)
+            prediction = self.model(batch.inputs)  # [batch, length, d_vocab]
+        loss = data.mse(prediction.float(), batch.targets, options.loss_from)
 
         self.optimizer.zero_grad()
         loss.backward()
