@@ -1,10 +1,10 @@
 """Sets the results of several runs beside one another: seeds, and settings as columns.
 
-    python analyze.py --all --run RUN && python -m beyond.mechanism --all --run RUN     # for each run, first
-    python -m beyond.seeds weights runs/relu_1 runs/relu_2 runs/gelu_0 --out runs/compared
+    python analyze.py --all --run RUN && python -m beyond --all --run RUN     # for each run, first
+    python -m beyond.seeds weights runs/relu_1 runs/gelu_0 --out runs/compared
 
-It reads RUN/figures/results.json and, where it is there, RUN/figures/mechanism.json, nothing else, and writes
-seeds.json (all claims of all runs), seeds.md and a picture each of the paper's claims and ours. The run that
+It reads RUN/figures/results.json and, where it is there, RUN/figures/mechanism.json, and writes seeds.json
+(all claims of all runs), seeds.md and a grid of verdicts each for the paper's claims and ours. The run that
 ships is given as `weights`: its results lie in figures/ and beyond/figures/.
 """
 
@@ -13,143 +13,153 @@ import os
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"
 
-import io
+import hashlib
 import sys
 from pathlib import Path
 
-import matplotlib.style
 import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 
-from analyze import LENS, MODEL, STYLE, TRUTH, grid, plain, short, table
+from analyze import plain, short, table, to_png
 from model import load_file, save
-from train import command_line, say
+from train import command_line, from_settings, say, to_settings
 
 HERE = Path(__file__).resolve().parent
-VERDICTS = {"reproduced": TRUTH, "partly": MODEL, "not reproduced": LENS}  # and their colours
+VERDICTS = {"reproduced": "#a8d5a2", "partly": "#f6e3a1", "not reproduced": "#eeb4ac"}  # and their colours
+WORDS = {"reproduced": "yes", "partly": "partly", "not reproduced": "no"}
 
 
-def read_run(run: str) -> dict:
+# ---------- Reading ----------
+def read_run(run: Path) -> dict:
     """{"meta", "claims"} of a run, of both files. FileNotFoundError without results.json, ValueError for a
-    damaged one or two of unlike weights."""
-    folders = [Path(run) / "figures"] * 2
-    if Path(run).resolve() == HERE.parent / "weights":
-        folders = [HERE.parent / "figures", HERE / "figures"]
-    found, _ = load_file(str(folders[0] / "results.json"), f"result of analyze.py --all --run {run}")
-    if "meta" not in found or "claims" not in found:
-        raise ValueError(f"{folders[0] / 'results.json'} is not as analyze.py --all writes it")
-    ours = folders[1] / "mechanism.json"
+    damaged one or for results of other weights than lie in the folder now."""
+    paper = run / "figures" / "results.json"
+    ours = run / "figures" / "mechanism.json"
+    if run == HERE.parent / "weights":
+        paper = HERE.parent / "figures" / "results.json"
+        ours = HERE / "figures" / "mechanism.json"
+    found = read_results(paper, run)
     if ours.exists():
-        more = load_file(str(ours), "mechanism.json")[0]
-        if more["meta"]["sha256"] != found["meta"]["sha256"]:
-            raise ValueError(f"{ours} is of other weights than results.json: run both commands again")
-        found["claims"] |= more["claims"]
+        found["claims"] |= read_results(ours, run)["claims"]
     return found
 
 
-def setting(found: dict) -> str:
-    """Activation, initialisation and what else of a run is unlike the paper's."""
+def read_results(path: Path, run: Path) -> dict:
+    found, _ = load_file(str(path), "result of analyze.py --all or python -m beyond --all")
+    try:
+        file = found["meta"]["weights"].split("/", 1)[1]  # after the run's name
+        measured = found["meta"]["sha256"]
+        to_settings(*from_settings(found["meta"]["config"]))
+        columns = [claim["verdict"] for claim in found["claims"].values()]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is not as the two commands write it: {error!r}") from error
+    if set(columns) - set(VERDICTS):
+        raise ValueError(f"{path} has a verdict that is none of {', '.join(VERDICTS)}")
+    weights = run / file
+    if not weights.exists() or hashlib.sha256(weights.read_bytes()).hexdigest() != measured:
+        raise ValueError(f"{path} was measured on other weights than {weights}: run the commands again")
+    return plain(found)
+
+
+def heading(found: dict) -> str:
+    """The settings of a run but for its seed: the activation, and what else is unlike the paper's."""
     meta = found["meta"]
-    config = {"act_fn": "relu", "initializer_range": 0.02} | meta["config"]
-    name = f"{config['act_fn']}, N(0, {config['initializer_range']:.3g})"
-    sizes = {"n_layers": 3, "d_mlp": 3072, "loss_from": 2}
-    unlike = [f"{key} {config[key]}" for key, usual in sizes.items() if config.get(key, usual) != usual]
-    unlike += [f"step {meta['step']:,}"] if meta["step"] != 100_000 else []
-    return ", ".join([name, *unlike])
+    usual = to_settings(*from_settings({}))
+    settings = to_settings(*from_settings(meta["config"])) | {"steps": meta["step"]}
+    unlike = [f"{name} {value}" for name, value in settings.items() if value != usual[name]
+              and name not in ("seed", "act_fn")]
+    return ", ".join([settings["act_fn"], *unlike])
 
 
-def by_setting(runs: dict[str, dict]) -> dict[str, dict[str, dict]]:
-    """{setting: {name: run}}, in the order of their first runs."""
-    groups: dict[str, dict[str, dict]] = {}
-    for name, found in runs.items():
-        groups.setdefault(setting(found), {})[name] = found
-    return groups
+def read_runs(paths: list[str]) -> dict[str, dict]:
+    """The runs by name, as much of the end of a path as tells it from the others, in the order of their
+    headings. ValueError for one that is given twice."""
+    folders = [Path(path).resolve() for path in paths]
+    runs = {}
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ValueError(f"{folder} is given twice")
+        length = 1
+        while sum(other.parts[-length:] == folder.parts[-length:] for other in folders) > 1:
+            length += 1
+        runs["/".join(folder.parts[-length:])] = read_run(folder)
+    order = list(dict.fromkeys(heading(found) for found in runs.values()))
+    names = sorted(runs, key=lambda name: order.index(heading(runs[name])))
+    return {name: runs[name] for name in names}
 
 
-def claim_names(runs: dict[str, dict], of_paper: bool) -> list[str]:
-    """The names of the claims that any run has, of the paper or ours, in the order of the first."""
-    names = dict.fromkeys(name for found in runs.values() for name in found["claims"])
-    return [name for name in names if (any_run(runs, name)["paper"] is not None) == of_paper]
+# ---------- Beside one another ----------
+def claims_of(runs: dict[str, dict], of_paper: bool) -> dict[str, dict]:
+    """A claim each of those that any run has, the paper's or ours, in the order of the first."""
+    claims: dict[str, dict] = {}
+    for found in runs.values():
+        for name, claim in found["claims"].items():
+            if (claim["paper"] is not None) == of_paper:
+                claims.setdefault(name, claim)
+    return claims
 
 
-def any_run(runs: dict[str, dict], name: str) -> dict:
-    """A claim of the first run that has it."""
-    return next(found["claims"][name] for found in runs.values() if name in found["claims"])
-
-
-def draw_claims(runs: dict[str, dict], of_paper: bool):
-    """A panel for each claim: what was measured, a column of dots a run, coloured by verdict."""
-    names, groups = claim_names(runs, of_paper), by_setting(runs)
-    columns = 5 if of_paper else 4
-    rows = -(-(len(names) + 1) // columns)
-    title = ("The paper's" if of_paper else "Our") + " claims: what was measured, a column a run"
-    canvas, panels = grid(rows, columns, 13, 2.3 * rows, title, squeeze=False)
-    for axes, name in zip(panels.flat, names):
-        x = 0
-        for group in groups.values():
-            begin = x
-            for found in group.values():
-                if name in found["claims"]:
-                    claim = found["claims"][name]
-                    y, color = np.ravel(claim["measured"]), VERDICTS[claim["verdict"]]
-                    axes.plot([x] * len(y), y, "o", ms=3.5, mec="none", alpha=0.8, color=color)
-                    if isinstance(claim["paper"], float):
-                        axes.axhline(claim["paper"], color="0.6", ls="--", lw=0.8, zorder=0)
-                x += 1
-            axes.axvspan(begin - 0.5, x - 0.5, color="0.95" if begin else "white", zorder=-1)
-            x += 0.5
-        if "MSE" in any_run(runs, name)["claim"]:
-            axes.set_yscale("log")
-        axes.set_title(name, fontsize=8)
-        axes.tick_params(labelsize=7, bottom=False, labelbottom=False)
-    for axes in panels.flat[len(names) :]:
-        axes.axis("off")
-    legend = panels.flat[len(names)]
-    for verdict, color in VERDICTS.items():
-        legend.plot([], [], "o", color=color, label=verdict)
-    legend.plot([], [], ls="--", color="0.6", label="paper")
-    runs_named = "\n".join("\n    ".join([f"{setting}:", *group]) for setting, group in groups.items())
-    legend.legend(loc="center", title=f"left to right\n{runs_named}", fontsize=7, title_fontsize=6)
-    return canvas
-
-
-def cell(group: dict[str, dict], name: str) -> str:
-    """What was measured in a table cell, the range over the runs, or in how many heads a claim holds."""
-    found = [run["claims"][name] for run in group.values() if name in run["claims"]]
-    of = " of 8" if found and "heads that do" in found[0]["values"] else ""
-    numbers = [claim["values"]["heads that do"] if of else claim["measured"] for claim in found]
-    numbers = sorted(number for number in numbers if isinstance(number, int | float))
-    ends = dict.fromkeys(f"{number:.3g}" for number in numbers[:1] + numbers[-1:])
-    return " to ".join(ends) + of or "-"
-
-
-def words(group: dict[str, dict], name: str) -> str:
-    """In how many of a setting's runs a claim holds, or in a word where they agree."""
-    verdicts = [run["claims"][name]["verdict"] for run in group.values() if name in run["claims"]]
-    short_words = {"reproduced": "yes", "partly": "partly", "not reproduced": "no"}
-    counts = {word: verdicts.count(verdict) for verdict, word in short_words.items() if verdict in verdicts}
-    return ", ".join(counts if len(counts) == 1 else [f"{n} {word}" for word, n in counts.items()]) or "-"
+def cell(claim: dict) -> str:
+    """What was measured, where it is one number or a count of heads."""
+    heads = claim["values"].get("heads that do")
+    if heads is not None:
+        return f"{heads} of {len(claim['measured'])}"
+    return "" if isinstance(claim["measured"], list) else short(claim["measured"])
 
 
 def markdown(runs: dict[str, dict]) -> str:
-    """seeds.md: verdicts by setting, then what was measured, run by run (a mean, where it is by head)."""
-    groups = by_setting(runs)
-    lines = ["# Runs beside one another", "", "Written by `python -m beyond.seeds`; values: `seeds.json`.",
-             "Does a claim hold, in how many runs?", ""]
+    """seeds.md: a column a run, verdicts and what was measured."""
+    lines = ["# Runs beside one another", "", "Written by `python -m beyond.seeds`; all values: `seeds.json`.", ""]
+    lines += table(["run", "settings unlike the paper's", "seed"],
+                   ([name, heading(found), str(found["meta"]["config"].get("seed", 0))]
+                    for name, found in runs.items()))
     for of_paper, title in ((True, "The paper's claims"), (False, "Ours")):
-        names = claim_names(runs, of_paper)
         rows = []
-        for name in names:
-            first = any_run(runs, name)
-            cells = [words(group, name) for group in groups.values()]
-            rows.append([f"`{name}` {first['claim']}", short(first["paper"] or "-"), *cells])
-        lines += [f"## {title}", "", *table(["claim", "paper", *groups], rows), ""]
-        rows = []
-        for name in names:
-            means = [np.mean(found["claims"][name]["measured"]) if name in found["claims"] else "-"
-                     for found in runs.values()]
-            rows.append([f"`{name}`", *(short(plain(mean)) for mean in means)])
-        lines += ["Measured, means where it is by head or position:", "", *table(["claim", *runs], rows), ""]
-    return "\n".join(lines)
+        for name, claim in claims_of(runs, of_paper).items():
+            row = [f"`{name}` {claim['claim']}"]
+            if of_paper:
+                row.append(short(claim["paper"]))
+            for found in runs.values():
+                of_run = found["claims"].get(name)
+                row.append(f"{WORDS[of_run['verdict']]} {cell(of_run)}" if of_run else "-")
+            rows.append(row)
+        paper = ["paper"] if of_paper else []
+        lines += ["", f"## {title}", "", *table(["claim", *paper, *runs], rows)]
+    return "\n".join([*lines, ""])
+
+
+def draw_grid(runs: dict[str, dict], of_paper: bool) -> Figure:
+    """Claims as rows, runs as columns, verdicts as colours, what was measured in the cells."""
+    claims = claims_of(runs, of_paper)
+    canvas = Figure(figsize=(4 + 0.62 * len(runs), 2 + 0.27 * len(claims)), layout="constrained")
+    axes = canvas.subplots()
+    verdicts = list(VERDICTS)
+    grid = np.full((len(claims), len(runs)), np.nan)
+    for row, name in enumerate(claims):
+        for column, found in enumerate(runs.values()):
+            if name in found["claims"]:
+                claim = found["claims"][name]
+                grid[row, column] = verdicts.index(claim["verdict"])
+                axes.text(column, row, cell(claim), ha="center", va="center", fontsize=6.5)
+    axes.imshow(grid, cmap=ListedColormap(list(VERDICTS.values())), vmin=-0.5, vmax=2.5)
+
+    # Labels are text: a run may be called _old or $5_x$.
+    labels = [f"{name}: {short(claim['paper'])}" if of_paper else name for name, claim in claims.items()]
+    axes.set_yticks(range(len(claims)), labels, fontsize=7.5)
+    axes.set_xticks(range(len(runs)), runs, rotation=90, fontsize=7.5, parse_math=False)
+    headings = [heading(found) for found in runs.values()]
+    for text in dict.fromkeys(headings):
+        first = headings.index(text)
+        axes.axvline(first - 0.5, color="black", lw=1)
+        lines = text.replace(", ", "\n")
+        axes.text(first - 0.4, -0.7, lines, fontsize=6.5, va="bottom", parse_math=False)
+    for verdict, color in VERDICTS.items():
+        axes.bar(0, 0, color=color, label=verdict)
+    axes.set(xlim=(-0.5, len(runs) - 0.5), ylim=(len(claims) - 0.5, -0.5))
+    canvas.legend(loc="outside lower center", ncols=3)
+    canvas.suptitle("The paper's claims, with the paper's value, in every run" if of_paper else "Our claims in every run")
+    return canvas
 
 
 def main():
@@ -158,21 +168,15 @@ def main():
     parser.add_argument("--out", required=True, metavar="DIR", help="where to write")
     given = parser.parse_args()
     try:
-        runs = {os.path.join(*Path(run).parts[-2:]): read_run(run) for run in given.runs}
-        text = markdown(runs)  # before anything is written
+        runs = read_runs(given.runs)
         os.makedirs(given.out, exist_ok=True)
         save({"runs": runs}, os.path.join(given.out, "seeds.json"))
-        save(text, os.path.join(given.out, "seeds.md"))
-        for of_paper, name in ((True, "seeds_paper.png"), (False, "seeds_ours.png")):
-            if claim_names(runs, of_paper):
-                buffer = io.BytesIO()
-                with matplotlib.style.context(["default", STYLE]):
-                    draw_claims(runs, of_paper).savefig(buffer, format="png")
-                save(buffer.getvalue(), os.path.join(given.out, name))
+        save(markdown(runs), os.path.join(given.out, "seeds.md"))
+        for name, of_paper in (("seeds_paper.png", True), ("seeds_ours.png", False)):
+            if claims_of(runs, of_paper):
+                save(to_png(lambda: draw_grid(runs, of_paper)), os.path.join(given.out, name))
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: error: {error}")
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        sys.exit(f"{parser.prog}: error: a file is not as the two commands write it: {error!r}")
     say(f"{len(runs)} runs beside one another in {given.out}")
 
 

@@ -1,0 +1,69 @@
+"""What goes past the paper: what the model computes (the article is beyond/README.md).
+
+    python -m beyond --all                          # on the weights that ship, into beyond/figures/
+    python -m beyond --fig 21                       # one figure; --list names them
+    python -m beyond --all --run runs/paper         # another run, into runs/paper/figures
+
+A file a section of the article, each resting on those before it: filter.py, symmetry.py, scalars.py, gain.py.
+"""
+
+import os
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"
+
+import beyond.gain  # noqa: F401, enters its claims and figures
+import beyond.scalars  # noqa: F401
+from analyze import MODEL, TRUTH, Study, grid, pick, run_command
+from beyond.filter import FILTER, OURS, POSITIONS, by_position, errors, figure
+from beyond.symmetry import CLOSED_FORM, asymmetry_by_position, fielded, first_judged, shares
+from data import MAX_LENGTH
+
+
+@figure(19, "the README's picture", 3)
+def figure_summary(study: Study):
+    title = "A transformer that continues $a_{n+1} = c\\,a_n + d$ is a function of inner products"
+    canvas, panels = grid(1, 3, 12, 4, title)
+
+    axes = panels[0, 0]
+    i = pick(study.test, -1.1)
+    a = study.test.a[i]
+    output = study.model(study.test.inputs[i : i + 1])[0]
+    first, second = a.std(0).argsort(descending=True)[:2].tolist()
+    axes.plot(a[:, first], "o-", color=TRUTH, mfc="none", label="the truth")
+    axes.plot(a[:, second], "o:", color=TRUTH, mfc="none")
+    predicted = range(3, MAX_LENGTH + 1)
+    axes.plot(predicted, output[2:, first], "x", color=MODEL, label="the model's prediction")
+    axes.plot(predicted, output[2:, second], "x", color=MODEL)
+    axes.set(title=f"two of 40 dimensions, c = {study.test.c[i]:.2f}", xlabel="n", ylabel="$a_n$")
+    axes.legend(loc="upper left")
+
+    axes = panels[0, 1]
+    mse, asymmetry = asymmetry_by_position(study)
+    fixed = by_position(study, errors(study).filter)
+    axes.semilogy(POSITIONS, mse, ".-", color=MODEL, label="the model")
+    axes.semilogy(POSITIONS, mse - asymmetry, ".-", color=CLOSED_FORM, label="its mean over rotations")
+    axes.semilogy(POSITIONS, fixed, ".-", color=FILTER, label="a filter that infers nothing")
+    axes.set(title="half of the error is asymmetry", xlabel="position", ylabel="mean squared error")
+    axes.legend()
+
+    axes = panels[0, 2]
+    noise = fielded(study, "white noise")
+    judged = first_judged("white noise")
+    model = noise.output[:, judged:].flatten()
+    closed_form = noise.prediction[:, judged:].flatten()
+    axes.scatter(model, closed_form, s=3, lw=0, color=CLOSED_FORM)
+    axes.axline((0, 0), slope=1, color="0.5", lw=0.8, zorder=0)
+    share = shares(noise.prediction, noise.output, noise.truth, "white noise").output
+    axes.set_title(f"on white noise, which is no recurrence:\n{share:.1%} of the output from the weights")
+    axes.set(xlabel="the model", ylabel="closed form, a dot a component")
+    return canvas
+
+
+def main():
+    folder = os.path.dirname(os.path.abspath(__file__))
+    run_command(OURS, __doc__, "mechanism", os.path.join(folder, "figures"))
+
+
+if __name__ == "__main__":
+    main()

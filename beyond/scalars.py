@@ -1,0 +1,337 @@
+"""What moves the data: 27 numbers for the OV circuits and MLPs (section 6 of the article, README.md).
+
+    python -m beyond --fig 22 --fig 24 --fig 25     # the figures here; --all for all of beyond/
+
+Between data coordinates (model.data_ov_circuit) every head is nearly a multiple of I. Give it that number,
+and every MLP one for its slope; take attention patterns and LayerNorm scales from the model.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import interventions
+from analyze import (GREY, LAYERS, SCALE, TRUTH, Finding, Study, grid, heat, identity_cosine, kept, pick,
+                     regress, verdict, write_values)
+from beyond.filter import FILTER, claim, figure, filtered, fitted_filter
+from beyond.symmetry import (CLOSED_FORM, KINDS, LENGTHS, OF_A_KIND, WHERE_IT_ERRS, Shares, fielded,
+                             first_judged, kinds, shares)
+from data import FIRST_POSITION, explained
+from model import data_basis, data_ov_circuit
+
+SCALARS = "tab:red"
+SHUFFLES = 40  # permutations of the traces
+FOR_MEANS = 500  # sequences over which patterns are averaged
+
+
+# ---------- The scalar transformer ----------
+def patterns_and_scales(study: Study, x: Tensor) -> dict[str, Tensor]:
+    """What the scalar transformer takes from the model on inputs x; and the output."""
+    names = [SCALE]
+    for l in study.layers:
+        names += [f"blocks.{l}.attn.hook_pattern", f"blocks.{l}.ln1.hook_scale", f"blocks.{l}.ln2.hook_scale"]
+    return study.record(x, *names)
+
+
+def traces(study: Study) -> Tensor:
+    """kappa [n_layers, n_heads], the multiple of I nearest to each head's OV between data coordinates."""
+    ov = torch.stack([data_ov_circuit(study.model, l) for l in study.layers])
+    return ov.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+@kept
+def mlp_slopes(study: Study) -> Tensor:
+    """The slope of what each MLP writes on what it reads, [n_layers], in W_U's coordinates, less the mean at
+    the position, population, n >= 2."""
+    slopes = []
+    for l in study.layers:
+        read_name = f"blocks.{l}.ln2.hook_normalized"
+        written_name = f"blocks.{l}.hook_mlp_out"
+        activations = study.record(study.population.inputs, read_name, written_name)
+        read = activations[read_name][:, FIRST_POSITION:] @ study.model.unembed.W_U
+        written = activations[written_name][:, FIRST_POSITION:] @ study.model.unembed.W_U
+        (slope,), _ = regress(written - written.mean(0), read - read.mean(0))
+        slopes.append(slope)
+    return torch.tensor(slopes)
+
+
+def data_steps(taken: dict[str, Tensor], kappa: Tensor, slopes: Tensor) -> dict[str, Tensor]:
+    """C after every step, {step: [batch, dest, src]}: the factor with which position n holds a_s, when each
+    head moves data by its kappa and each MLP multiplies it, with the patterns and scales `taken`."""
+    steps = {}
+    for l in range(len(kappa)):
+        pattern = taken[f"blocks.{l}.attn.hook_pattern"]  # [batch, n_heads, dest, src]
+        ln1 = taken[f"blocks.{l}.ln1.hook_scale"]  # [batch, pos, 1]
+        ln2 = taken[f"blocks.{l}.ln2.hook_scale"]
+        moved = torch.einsum("h,bhqk->bqk", kappa[l], pattern)
+        # What comes in is read once, by layer 0; later layers read what it wrote.
+        if l == 0:
+            held = moved / ln1.transpose(1, 2)
+        else:
+            held = held + moved @ (held / ln1)
+        steps[f"after layer {l}'s heads"] = held
+        held = held + slopes[l] * held / ln2
+        steps[f"after MLP {l}"] = held
+    steps["divided by ln_final"] = held / taken[SCALE]
+    return steps
+
+
+def source_factors(taken: dict[str, Tensor], kappa: Tensor, slopes: Tensor) -> Tensor:
+    """The weight of each source in the prediction, [batch, dest, src]."""
+    return data_steps(taken, kappa, slopes)["divided by ln_final"]
+
+
+def scalar_transformer(taken: dict[str, Tensor], kappa: Tensor, slopes: Tensor, x: Tensor) -> Tensor:
+    """Predictions [batch, pos, d_vocab] of the 27 numbers on inputs x."""
+    return source_factors(taken, kappa, slopes) @ x
+
+
+@kept
+def mean_patterns(study: Study, length: int) -> dict[str, Tensor]:
+    """Mean patterns, scales and "factors" on recurrences of so many inputs."""
+    generator = study.generator(f"mean {length}")
+    count = min(FOR_MEANS, study.size)
+    sample = data.sample(count, length, generator, study.model.config.d_vocab)
+    taken = patterns_and_scales(study, sample.inputs)
+    taken["factors"] = source_factors(taken, traces(study), mlp_slopes(study))
+    return {name: value.mean(0) for name, value in taken.items()}
+
+
+RIVALS = ("the truth", "mean trace", "shuffled", "without layer 2", "mean patterns", "constant weights",
+          "fixed filter", "filter fitted to the model")
+
+
+def predictions(study: Study, kind: str) -> dict[str, Tensor]:
+    """What the 27 numbers and those who know less predict, [batch, pos, d_vocab]; "shuffled" [permutation,
+    batch, ..]."""
+    x, truth = kinds(study)[kind]
+    taken = patterns_and_scales(study, x)
+    kappa = traces(study)
+    slopes = mlp_slopes(study)
+    means = mean_patterns(study, x.shape[1])
+
+    def predict(kappa: Tensor) -> Tensor:
+        return scalar_transformer(taken, kappa, slopes, x)
+
+    patterns = {name: mean.expand(len(x), -1, -1, -1) for name, mean in means.items() if "pattern" in name}
+    orders = torch.rand(SHUFFLES, *kappa.shape, generator=study.generator("shuffles")).argsort(-1)
+    found = {
+        "scalar transformer": predict(kappa),
+        "the truth": truth,
+        "fixed filter": filtered(x),
+        "mean trace": predict(kappa.mean(1, keepdim=True).expand_as(kappa)),
+        "mean patterns": scalar_transformer(taken | patterns, kappa, slopes, x),
+        "constant weights": means["factors"] @ x,
+        "filter fitted to the model": fitted_filter(x, taken["output"]),
+        "shuffled": torch.stack([predict(kappa.gather(1, order)) for order in orders]),
+    }
+    for l in study.layers[1:]:
+        without = kappa.clone()
+        without[l] = 0.0
+        found[f"without layer {l}"] = predict(without)
+    return found
+
+
+@kept
+def scores(study: Study, kind: str) -> dict[str, Shares]:
+    """What each of `predictions` explains of the model's output and of its error; of "shuffled" the mean."""
+    x, truth = kinds(study)[kind]
+    output = study.model(x)
+    found = {}
+    for name, prediction in predictions(study, kind).items():
+        if name == "shuffled":
+            each = [shares(shuffled, output, truth, kind) for shuffled in prediction]
+            of_output, of_error = torch.tensor(each).mean(0).tolist()
+            found[name] = Shares(of_output, of_error)
+        else:
+            found[name] = shares(prediction, output, truth, kind)
+    return found
+
+
+def best_rival(study: Study, kind: str) -> str:
+    return max(RIVALS, key=lambda name: scores(study, kind)[name].output)
+
+
+@claim("27 numbers predict the model, above all where it errs", None, 22, 3)
+def claim_scalar_transformer(study: Study) -> Finding:
+    """Shares, by predictor, of the model's output, 1 - |p - model|^2 / |model|^2, and of its error, 1 - |p -
+    model|^2 / |model - truth|^2. A kind on which the model errs (not recurrences, 4 inputs) is evidence if
+    the scalar transformer has 0.97 of the one and 0.9 of the other and all that know less leave at least
+    four times as much of the output: the truth, each layer's mean trace, traces shuffled (as a mean), none in
+    layer 2, mean patterns, constant weights, the fixed filter, one fitted to the model's own output on this
+    kind. Two such kinds, white noise among them; partly with one. Measured: its output share there."""
+    values = {}
+    evidence = []
+    for kind in KINDS:
+        found = scores(study, kind)
+        ours = found["scalar transformer"]
+        rival = best_rival(study, kind)
+        times = (1 - found[rival].output) / (1 - ours.output)
+        if kind in WHERE_IT_ERRS and ours.output >= 0.97 and ours.error >= 0.9 and times >= 4:
+            evidence.append(kind)
+        values[f"{kind}: of the output"] = ours.output
+        values[f"{kind}: of the error"] = ours.error
+        values[f"{kind}: the best rival ({rival}) leaves, times as much"] = times
+        for name in ("without layer 1", *RIVALS):
+            values[f"{kind}: {name}"] = found[name].output
+
+    values["kinds that are evidence"] = len(evidence)
+    values["kappa"] = traces(study)
+    values["slopes of the MLPs"] = mlp_slopes(study)
+    how = verdict("white noise" in evidence and len(evidence) >= 2, evidence)
+    return Finding(values["white noise: of the output"], how, values)
+
+
+# ---------- Put into the real model ----------
+def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict[str, interventions.Hook]:
+    """Hooks that make every head of a layer move data by kappa [n_heads] times I: hook_attn_out gets the
+    difference, in what W_U reads, and all that comes later reacts."""
+    model = study.model
+    read = torch.linalg.pinv(data_basis(model, layer))  # [d_model, d_vocab]; from layer 1 on this is W_U
+    write = torch.linalg.pinv(model.unembed.W_U)
+    circuits = data_ov_circuit(model, layer)
+    multiples = kappa[:, None, None] * torch.eye(circuits.shape[-1], dtype=kappa.dtype)
+    change = multiples - circuits  # [n_heads, d_vocab, d_vocab]
+    normalised_name = f"blocks.{layer}.ln1.hook_normalized"
+    pattern_name = f"blocks.{layer}.attn.hook_pattern"
+    seen: dict[str, Tensor] = {}
+
+    def heads(out: Tensor) -> Tensor:
+        x = seen[normalised_name] @ read
+        moved = torch.einsum("bhqk,bkv,hvw->bqw", seen[pattern_name], x, change)
+        return out + moved @ write
+
+    record = interventions.record([normalised_name, pattern_name], seen)
+    return interventions.join(record, {f"blocks.{layer}.hook_attn_out": heads})
+
+
+def put_layer_0(study: Study, x: Tensor, kappa: Tensor) -> dict[str, interventions.Hook]:
+    """A hook that leaves after layer 0, in what W_U reads, the data of kappa [n_heads] and MLP 0's slope."""
+    taken = patterns_and_scales(study, x)
+    W_U = study.model.unembed.W_U
+    factors = source_factors(taken, kappa[None], mlp_slopes(study)[:1]) * taken[SCALE]
+    held = factors @ x
+
+    def replace(resid: Tensor) -> Tensor:
+        off = held - resid @ W_U
+        return resid + (off - off.mean(0)) @ torch.linalg.pinv(W_U)
+
+    return {"blocks.0.hook_resid_post": replace}
+
+
+@kept
+def put_in(study: Study) -> dict[str, list[Tensor]]:
+    """MSE, relative to the unchanged model's, by LENGTHS, with the scalars in place of a layer's heads, or of
+    layer 0 as a whole, beside kappa = 0 and kappa shuffled."""
+    kappa = traces(study)
+    generator = study.generator("put in")
+    found: dict[str, list[Tensor]] = {}
+    for length in LENGTHS:
+        count = min(OF_A_KIND, study.size)
+        sample = data.sample(count, length, generator, study.model.config.d_vocab)
+        x = sample.inputs
+        clean = data.mse(study.model(x), sample.targets)
+        arms = {}
+        for l in study.layers:
+            order = torch.randperm(len(kappa[l]), generator=generator)
+            numbers = {"": kappa[l], ", 0": 0 * kappa[l], ", shuffled": kappa[l][order]}
+            for how, changed in numbers.items():
+                arms[f"layer {l}'s heads{how}"] = put_scalars(study, l, changed)
+                if l == 0:
+                    arms[f"layer 0 as a whole{how}"] = put_layer_0(study, x, changed)
+        for arm, hooks in arms.items():
+            times = data.mse(study.model(x, hooks=hooks), sample.targets) / clean
+            found.setdefault(arm, []).append(times)
+    return found
+
+
+@claim("the real model does not mind multiples of I in the place of its maps", None, 24, 3)
+def claim_put_in(study: Study) -> Finding:
+    """The MSE with kappa I in the place of what all heads of a layer move from data to data, everything after
+    them reacting, relative to the unchanged model's, with 4, 8 and 14 inputs. Layers 1 and 2 at most 1.05
+    times, with kappa = 0 in layer 2 at least 5 times, layer 0 as a whole, its MLP included, at most 2 times;
+    partly the first two. Measured: [layer 0 as a whole, layer 1, layer 2][4, 8, 14 inputs]."""
+    found = put_in(study)
+    layer_0 = found["layer 0 as a whole"]
+    layer_1 = found["layer 1's heads"]
+    layer_2 = found["layer 2's heads"]
+    later_do_not_mind = max(layer_1 + layer_2) <= 1.05
+    layer_2_is_needed = min(found["layer 2's heads, 0"]) >= 5
+    first_does_not_mind = max(layer_0) <= 2
+    part = later_do_not_mind and layer_2_is_needed
+    values = {f"times the MSE: {arm}": times for arm, times in found.items()}
+    return Finding([layer_0, layer_1, layer_2], verdict(part and first_does_not_mind, part), values)
+
+
+# ---------- Figures ----------
+@figure(22, "what each predictor leaves of the model's output, kind by kind", 3)
+def figure_left_of_the_output(study: Study):
+    canvas, panels = grid(1, 1, 9, 4.6, "What each predictor leaves of the model's output")
+    axes = panels[0, 0]
+    least = 5e-4
+    most = 2.0
+    colors = {"the truth": TRUTH, "fixed filter": FILTER, "filter fitted to the model": "yellowgreen",
+              "scalar transformer": SCALARS, "closed form": CLOSED_FORM}
+    for row, kind in enumerate(KINDS):
+        found = fielded(study, kind)
+        first = first_judged(kind)
+        left = {name: 1 - share.output for name, share in scores(study, kind).items() if name in colors}
+        left["closed form"] = 1 - explained(found.prediction[:, first:], found.output[:, first:])
+        for name, color in colors.items():
+            inside = least <= left[name] <= most
+            x = min(max(left[name], least), most)
+            marker = "o" if inside else (">" if left[name] > most else "<")
+            axes.plot(x, row, marker, ms=8, color=color, label=name if row == 0 else None)
+    axes.set(xscale="log", xlim=(0.8 * least, 1.25 * most), xlabel="share of the output that is left")
+    axes.set_title("further left is nearer to the model; an arrow is off the axis")
+    axes.set_yticks(range(len(KINDS)), KINDS)
+    axes.invert_yaxis()
+    axes.grid(axis="y", color="0.9")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return canvas
+
+
+@figure(24, "the 27 numbers, and maps that they stand for", 3)
+def figure_scalars(study: Study):
+    canvas, panels = grid(1, 5, 13, 3, "27 numbers, and a 40 x 40 map of each layer that one stands for")
+    kappa = traces(study)
+    heads = np.arange(len(study.heads))
+    for l in study.layers:
+        x = heads + l * (len(heads) + 1)
+        panels[0, 0].bar(x, kappa[l], color=LAYERS[l % 3], label=f"layer {l}")
+        panels[0, 1].bar(l, mlp_slopes(study)[l], color=LAYERS[l % 3])
+    panels[0, 0].axhline(0, color=GREY, lw=0.8)
+    panels[0, 0].set(title="$\\kappa$ of each head", xlabel="heads by layer", xticks=[], ylabel="factor")
+    panels[0, 0].legend()
+    panels[0, 1].set(title="slope of each MLP", xlabel="layer", xticks=study.layers, ylabel="factor")
+    for l in study.layers[:3]:
+        axes = panels[0, 2 + l]
+        head = int(kappa[l].abs().argmax())
+        matrix = data_ov_circuit(study.model, l)[head]
+        title = f"head {l}.{head}: cosine with I {identity_cosine(matrix):.2f}"
+        heat(axes, matrix, title, "written dimension", "read dimension")
+        axes.set(xticks=[], yticks=[], aspect="equal")
+    return canvas
+
+
+@figure(25, "a worked forward pass: what one position holds of each vector", 3)
+def figure_worked_pass(study: Study):
+    i = pick(study.test, -1.2)
+    n = 8
+    x = study.test.inputs[i : i + 1, : n + 1]
+    taken = patterns_and_scales(study, x)
+    steps = data_steps(taken, traces(study), mlp_slopes(study))
+    matrix = torch.stack([held[0, n] for held in steps.values()])  # [step, src]
+    share = explained(matrix[-1] @ x[0], taken["output"][0, n])
+
+    ln1 = taken["blocks.0.ln1.hook_scale"][0, n - 1, 0]
+    ln2 = taken["blocks.0.ln2.hook_scale"][0, n, 0]
+    final = taken[SCALE][0, n, 0]
+    title = (f"ln1 divides $a_{{{n - 1}}}$ by {ln1:.3f}, ln2 by {ln2:.2f}, ln_final by {final:.2f}\n"
+             f"the last row times $a_s$, summed: {share:.1%} of the output")
+    canvas, panels = grid(1, 1, 9, 4.6, f"What position {n} holds of each source: c = {study.test.c[i]:.2f}")
+    heat(panels[0, 0], matrix, title, "source s", bar="factor")
+    write_values(panels[0, 0], matrix)
+    panels[0, 0].set_yticks(range(len(steps)), steps)
+    return canvas

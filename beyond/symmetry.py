@@ -1,0 +1,627 @@
+"""What is left of the model when its inputs are turned (sections 2 to 5 of the article, README.md).
+
+    python -m beyond --fig 21 --fig 23              # the figures here; --all for all of beyond/
+
+Turn a sequence by an orthogonal matrix, and it is an affine recurrence still: a perfect model's answer turns
+with it. `rotations`: ours does not quite, and that is half of its error. `mean_field`: the mean over all
+rotations can be written down from the weights. `angles`: where vectors are compared. `numbers`: what a
+position holds besides.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import interventions
+from analyze import GREY, LAYERS, MODEL, TRUTH, Finding, Study, grid, kept, verdict
+from beyond.filter import POSITIONS, claim, figure, filtered, fitted_filter
+from data import FIRST_POSITION, MAX_LENGTH, explained
+from model import ACTIVATIONS, Attention, Hooks, Transformer
+
+CLOSED_FORM = "tab:purple"
+LENGTHS = (4, 8, 14)  # inputs
+SEQUENCES = 400  # of each length, on which rotations are averaged
+ROTATIONS = 32  # on which queries and keys are averaged
+FOR_VARIANCE = 16  # of them, for the asymmetry
+PER_LENGTH = 40  # sequences for the asymmetry by position
+SAMPLED = 100  # rotations that stand for all, beside the closed form
+FIELD = 24  # sequences of a kind for the closed form
+NOISE_FIELD = 8  # of noise, which has 14 coordinates instead of 2
+OF_A_KIND = 200  # sequences of each kind
+OTHERS = 60  # sequences from which the directions of t come
+DIRECTIONS = (1, 2, 4, 6, 8)  # numbers that t may keep
+
+
+# ---------- Half of the error is asymmetry ----------
+def random_rotation(d: int, generator: torch.Generator) -> Tensor:
+    """A random orthogonal matrix [d, d], all alike likely (Haar): QR with the signs of R's diagonal."""
+    Q, R = torch.linalg.qr(torch.randn(d, d, generator=generator))
+    return Q * R.diagonal().sign()
+
+
+def rotated_outputs(model: Transformer, x: Tensor, count: int, generator: torch.Generator,
+                    hooks: dict | None = None) -> Tensor:
+    """The answers to a turned sequence, turned back, f(x Q) Q^T, for `count` random Q: [count, *x.shape]."""
+    outputs = []
+    for _ in range(count):
+        Q = random_rotation(x.shape[-1], generator)
+        outputs.append(model(x @ Q, hooks=hooks) @ Q.T)
+    return torch.stack(outputs)
+
+
+class Turned(NamedTuple):
+    """What rotations make of sequences of one length."""
+
+    sample: data.Sample
+    output: Tensor  # [batch, pos, d_vocab]: the model's, unturned
+    outputs: Tensor  # [FOR_VARIANCE, batch, pos, d_vocab]: f(x Q) Q^T
+    means: dict[str, Tensor]  # of every layer's queries and keys over the rotations, by hook name
+
+
+@kept
+def turned(study: Study, length: int) -> Turned:
+    generator = study.generator(f"rotations {length}")
+    sample = data.sample(min(SEQUENCES, study.size), length, generator, study.model.config.d_vocab)
+    sums: dict[str, Tensor] = {}
+
+    def add_up(name: str) -> Callable:
+        def hook(value: Tensor) -> Tensor:
+            sums[name] = sums.get(name, 0) + value
+            return value
+
+        return hook
+
+    names = [f"blocks.{l}.attn.hook_{which}" for l in study.layers for which in "qk"]
+    hooks = {name: add_up(name) for name in names}
+    outputs = rotated_outputs(study.model, sample.inputs, ROTATIONS, generator, hooks)
+    means = {name: total / ROTATIONS for name, total in sums.items()}
+    return Turned(sample, study.model(sample.inputs), outputs[:FOR_VARIANCE], means)
+
+
+@kept
+def asymmetry_by_position(study: Study) -> tuple[Tensor, Tensor]:
+    """MSE and asymmetry at the positions 2 .. 13 over sequences of all lengths, on the same sequences."""
+    generator = study.generator("rotations by position")
+    per_length = max(2, PER_LENGTH * study.size // 1000)
+    squared = torch.zeros(len(POSITIONS))
+    variances = torch.zeros(len(POSITIONS))
+    counts = torch.zeros(len(POSITIONS))
+    for length in range(data.MIN_LENGTH, MAX_LENGTH + 1):
+        sample = data.sample(per_length, length, generator, study.model.config.d_vocab)
+        outputs = rotated_outputs(study.model, sample.inputs, FOR_VARIANCE, generator)
+        # The mean over rotations of the error has the model's expectation and varies less.
+        error = (outputs - sample.targets).pow(2).mean((0, 3))  # [batch, pos]
+        variance = outputs.var(0).mean(-1)
+        judged = length - FIRST_POSITION
+        squared[:judged] += error[:, FIRST_POSITION:].sum(0)
+        variances[:judged] += variance[:, FIRST_POSITION:].sum(0)
+        counts[:judged] += per_length
+    return squared / counts, variances / counts
+
+
+@claim("half of the model's error is that its answers do not quite turn with its inputs", None, 21)
+def claim_rotations(study: Study) -> Finding:
+    """Asymmetry: the unbiased variance of f(x Q) Q^T over 16 random rotations Q, mean over 400 sequences,
+    positions from 2 on and dimensions, as a share of the model's MSE. The MSE is at most a hundredth of that
+    of predicting 0, and the asymmetry at least a third of it with 4, 8 and 14 inputs; partly a fifth.
+    Measured: the asymmetry at these lengths."""
+    shares = []
+    mses = []
+    zeros = []
+    for length in LENGTHS:
+        found = turned(study, length)
+        target = found.sample.targets
+        mse = data.mse(found.output, target)
+        variance = found.outputs.var(0)[:, FIRST_POSITION:].mean()
+        shares.append(variance / mse)
+        mses.append(mse)
+        zeros.append(data.mse(torch.zeros_like(target), target))
+
+    useful = all(mse <= zero / 100 for mse, zero in zip(mses, zeros))
+    third = min(shares) >= 1 / 3
+    fifth = min(shares) >= 1 / 5
+    mse, asymmetry = asymmetry_by_position(study)
+    values = {
+        "inputs": LENGTHS,
+        "MSE of the model": mses,
+        "MSE of predicting 0": zeros,
+        "MSE less asymmetry": [mse * (1 - share) for mse, share in zip(mses, shares)],
+        "MSE by position, 2 to 13": mse,
+        "MSE less asymmetry by position": mse - asymmetry,
+    }
+    return Finding(shares, verdict(useful and third, useful and fifth), values)
+
+
+# ---------- The closed form ----------
+def moments(act_fn: str, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Of f(mu + s z), z ~ N(0, 1), for an activation function f: its mean E[f(mu + s z)] and its mean slope
+    E[f(mu + s z) z] / s (Stein's lemma), each in the shape of mu and s. ReLU exactly, others by quadrature."""
+    s = s.clamp_min(1e-12)
+    if act_fn == "relu":
+        normal = torch.distributions.Normal(0.0, 1.0)
+        density = normal.log_prob(mu / s).exp()
+        slope = torch.special.ndtr(mu / s)
+        return mu * slope + s * density, slope
+
+    nodes, weights = np.polynomial.hermite_e.hermegauss(21)
+    weights = weights / weights.sum()
+    mean = torch.zeros_like(mu)
+    slope = torch.zeros_like(mu)
+    for z, weight in zip(nodes.tolist(), weights.tolist()):
+        value = weight * ACTIVATIONS[act_fn](mu + s * z)
+        mean += value
+        slope += value * z / s
+    return mean, slope
+
+
+def coordinates(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A sequence [pos, d_vocab] in its own span: L [pos, R] and orthonormal e [R, d_vocab], x = L @ e. R is 2
+    for an affine recurrence."""
+    U, S, V = torch.linalg.svd(x, full_matrices=False)
+    R = int((S > 1e-5 * S[0]).sum())
+    return U[:, :R] * S[:R], V[:R]
+
+
+def normalise(stream: Tensor, eps: float) -> Tensor:
+    """LayerNorm of a stream whose positions are matrices, [pos, rows, d_model]."""
+    mean_square = stream.pow(2).sum((1, 2), keepdim=True) / stream.shape[-1]
+    return stream / (mean_square + eps).sqrt()
+
+
+def attend(attn: Attention, rows: Tensor, at: Hooks) -> Tensor:
+    """What a layer's heads write, [pos, rows, d_model]. Inner products are sums over all rows; a bias touches
+    the last one alone."""
+    q = torch.einsum("prd,hde->hpre", rows, attn.W_Q)  # [n_heads, pos, rows, d_head]
+    k = torch.einsum("prd,hde->hpre", rows, attn.W_K)
+    v = torch.einsum("prd,hde->hpre", rows, attn.W_V)
+    q[:, :, -1] += attn.b_Q[:, None]
+    k[:, :, -1] += attn.b_K[:, None]
+    v[:, :, -1] += attn.b_V[:, None]
+
+    # Scores have two parts: what t says, numbers, and inner products of vectors.
+    numbers = torch.einsum("hqe,hke->hqk", q[:, :, -1], k[:, :, -1])
+    vectors = torch.einsum("hqre,hkre->hqk", q[:, :, :-1], k[:, :, :-1])
+    parts = at(f"{attn.name}.hook_attn_scores", torch.stack([numbers, vectors]))  # [2, head, dest, src]
+    scores = parts.sum(0) / attn.d_head**0.5
+    future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+    pattern = scores.masked_fill(future, -torch.inf).softmax(-1)  # [n_heads, dest, src]
+
+    z = torch.einsum("hqk,hkre->hqre", pattern, v)
+    written = torch.einsum("hqre,hed->qrd", z, attn.W_O)  # [pos, rows, d_model]
+    written[:, -1] += attn.b_O
+    return written
+
+
+def mlp_write(mlp, act_fn: str, rows: Tensor) -> Tensor:
+    """What an MLP writes, [pos, rows, d_model]. A neuron reads mu + s z with z nearly Gaussian; its mean goes
+    into t, and its mean slope multiplies what it passes on of the vectors."""
+    read = rows @ mlp.W_in  # [pos, rows, d_mlp]
+    mu = read[:, -1] + mlp.b_in  # [pos, d_mlp]
+    s = read[:, :-1].pow(2).sum(1).sqrt()  # [pos, d_mlp]
+    mean, slope = moments(act_fn, mu, s)
+    vectors = (read[:, :-1] * slope[:, None]) @ mlp.W_out  # [pos, rows - 1, d_model]
+    numbers = mean @ mlp.W_out + mlp.b_out  # [pos, d_model]
+    return torch.cat([vectors, numbers[:, None]], 1)
+
+
+@torch.no_grad()
+def closed_form(model: Transformer, x: Tensor, hooks: dict | None = None) -> Tensor:
+    """The mean of f(x Q) Q^T over all rotations Q of a folded model f, from its weights alone: x [pos,
+    d_vocab], one sequence, -> [pos, d_vocab].
+
+    In coordinates of its own span a sequence is a_s = sum_r L[s, r] e_r, and under a random rotation the e_r
+    are random orthonormal vectors of R^d_vocab, in each coordinate nearly Gaussian with variance 1 / d_vocab.
+    So the stream at position n is carried as
+
+        r_n = sum_r e_r A[n, r] + t_n        A[n, r] a d_vocab x d_model matrix, t_n in R^d_model
+
+    of which A and t are not random. Write the A[n, r] over sqrt(d_vocab), and t_n below them: the stream at a
+    position is then no vector but a matrix of d_vocab R + 1 rows, and the mean inner product of two such
+    vectors is the sum over all elements of the product of their matrices. With that LayerNorm, attention and
+    the unembedding act on rows as ever. Only an MLP is special, see `mlp_write`.
+
+    hooks: as of Transformer, at hook_resid_mid and hook_resid_post [pos, rows, d_model],
+    attn.hook_attn_scores [2, n_heads, dest, src], the numbers' and the vectors' part, before the division,
+    and ln_final.hook_normalized [pos, rows, d_model].
+    """
+    config = model.config
+    at = Hooks(hooks, None, model.hook_names)
+    L, e = coordinates(x)
+    A = torch.einsum("pr,vd->prvd", L, model.embed.W_E).flatten(1, 2)  # [pos, R * d_vocab, d_model]
+    t = model.pos_embed.W_pos[: len(x), None]  # [pos, 1, d_model]
+    stream = torch.cat([A / config.d_vocab**0.5, t], 1)  # [pos, rows, d_model]
+
+    for block in model.blocks:
+        stream = stream + attend(block.attn, normalise(stream, config.eps), at)
+        stream = at(f"{block.name}.hook_resid_mid", stream)
+        stream = stream + mlp_write(block.mlp, config.act_fn, normalise(stream, config.eps))
+        stream = at(f"{block.name}.hook_resid_post", stream)
+    stream = at("ln_final.hook_normalized", normalise(stream, config.eps))
+
+    # Of e_r A W_U the mean over rotations leaves trace(A W_U) / d_vocab times e_r; t and b_U average out.
+    A = stream[:, :-1].unflatten(1, (-1, config.d_vocab)) * config.d_vocab**0.5  # [pos, R, d_vocab, d_model]
+    factors = torch.einsum("prvd,dv->pr", A, model.unembed.W_U) / config.d_vocab
+    return factors @ e
+
+
+def closed_forms(model: Transformer, x: Tensor, hooks: dict | None = None) -> Tensor:
+    """`closed_form` of each of several sequences, [batch, pos, d_vocab]."""
+    return torch.stack([closed_form(model, sequence, hooks) for sequence in x])
+
+
+def whole_maps(model: Transformer, x: Tensor, stream: Tensor) -> Tensor:
+    """What the model says of one sequence [pos, d_vocab] by the closed form's whole maps, sum_r e_r A W_U, in
+    the place of their traces; and t. stream: at ln_final.hook_normalized."""
+    d_vocab = model.config.d_vocab
+    A = stream[:, :-1].unflatten(1, (-1, d_vocab)) * d_vocab**0.5  # [pos, R, d_vocab, d_model]
+    _, e = coordinates(x)
+    mapped = torch.einsum("rv,prvd->pd", e, A) + stream[:, -1]
+    return mapped @ model.unembed.W_U + model.unembed.b_U
+
+
+# ---------- Kinds of sequences ----------
+KINDS = ("recurrences", "4 inputs", "|c| 2.5 to 3", "two growths", "noise 0.1", "white noise")
+WHERE_IT_ERRS = KINDS[2:]  # on recurrences and 4 inputs the truth is as near to the model as anything
+
+
+@kept
+def kinds(study: Study) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sequences of each kind: inputs and what would be right, [batch, pos, d_vocab] each."""
+    count = min(OF_A_KIND, study.size)
+    d_vocab = study.model.config.d_vocab
+    g = study.generator("kinds")
+    uniform = functools.partial(data.uniform, g)
+    plain = data.sample(count, MAX_LENGTH, g, d_vocab).a
+    found = {
+        "recurrences": plain,
+        "|c| 2.5 to 3": data.sample(count, MAX_LENGTH, g, d_vocab, (2.5, 3.0)).a,
+        "4 inputs": data.sample(count, 4, g, d_vocab).a,
+    }
+
+    # f + c_1^n u at even n, f + c_2^n u at odd n, one growth of each sign.
+    sign = 1 - 2 * (torch.arange(count) % 2)[:, None]
+    c = uniform(1.2, 2, count, 2) * torch.cat([sign, -sign], 1)
+    fixed = uniform(-2, 2, count, 1, d_vocab)
+    u = uniform(-2, 2, count, 1, d_vocab)
+    n = torch.arange(MAX_LENGTH + 1)
+    powers = c[:, :, None] ** n  # [batch, 2, pos]
+    growth = torch.where(n % 2 == 0, powers[:, 0], powers[:, 1])
+    two_growths = fixed + growth[:, :, None] * u
+    white = torch.randn(count, MAX_LENGTH + 1, d_vocab, generator=g)
+    found["two growths"], _ = data.normalise(two_growths, uniform(1, 2, count))
+    found["white noise"], _ = data.normalise(white, uniform(1, 2, count))
+
+    pairs = {kind: (a[:, :-1], a[:, 1:]) for kind, a in found.items()}
+    noise = 0.1 * torch.randn(count, MAX_LENGTH, d_vocab, generator=g)
+    pairs["noise 0.1"] = (plain[:, :-1] + noise, plain[:, 1:])
+    return pairs
+
+
+def first_judged(kind: str) -> int:
+    """The position from which on predictions of a kind are compared."""
+    return FIRST_POSITION if kind == "4 inputs" else 4
+
+
+class Shares(NamedTuple):
+    """How much of a model's output and of its error (output less truth) a prediction explains."""
+
+    output: float
+    error: float
+
+
+def shares(prediction: Tensor, output: Tensor, truth: Tensor, kind: str) -> Shares:
+    first = first_judged(kind)
+    output = output[:, first:]
+    of_output = explained(prediction[:, first:], output)
+    off = 1 - explained(truth[:, first:], output)  # the error, as a share of the output
+    return Shares(of_output, 1 - (1 - of_output) / off)
+
+
+# ---------- The model is a function of inner products ----------
+class Fielded(NamedTuple):
+    """The closed form beside the model on sequences of one kind, [batch, pos, d_vocab] each."""
+
+    x: Tensor
+    truth: Tensor
+    output: Tensor
+    prediction: Tensor
+    activations: list[dict[str, Tensor]]  # of the closed form, by sequence: attention scores, final stream
+
+
+def few(study: Study, count: int) -> int:
+    """`count` sequences, of an untrained model fewer."""
+    return min(count, max(2, study.size // 12))
+
+
+@kept
+def fielded(study: Study, kind: str) -> Fielded:
+    count = few(study, NOISE_FIELD if "noise" in kind else FIELD)
+    x, truth = kinds(study)[kind]
+    names = ["ln_final.hook_normalized", *(f"blocks.{l}.attn.hook_attn_scores" for l in study.layers)]
+    predictions = []
+    activations: list[dict] = []
+    for sequence in x[:count]:
+        activations.append({})
+        hooks = interventions.record(names, activations[-1])
+        predictions.append(closed_form(study.model, sequence, hooks))
+    return Fielded(x[:count], truth[:count], study.model(x[:count]), torch.stack(predictions), activations)
+
+
+@kept
+def field_rivals(study: Study, kind: str) -> dict[str, float]:
+    """What predictors that know less leave of the model's output on the sequences of the closed form."""
+    x, truth = kinds(study)[kind]
+    output = study.model(x)
+    predictions = {
+        "the truth": truth,
+        "fixed filter": filtered(x),
+        "filter fitted to the model": fitted_filter(x, output),
+    }
+    first = first_judged(kind)
+    tested = slice(len(fielded(study, kind).x))
+    left = {}
+    for name, prediction in predictions.items():
+        left[name] = 1 - explained(prediction[tested, first:], output[tested, first:])
+    return left
+
+
+@claim("the mean over rotations, in closed form from the weights, is the model", None, 22)
+def claim_mean_field(study: Study) -> Finding:
+    """Of the model's output the closed form explains, 1 - |p - model|^2 / |model|^2, at least 0.98 on every
+    kind; of its error, 1 - |p - model|^2 / |model - truth|^2, at least 0.9 on each kind on which it errs; on
+    recurrences its MSE is within 10% of that of the mean of 100 sampled rotations, less that mean's sampling
+    variance; and on white noise, noise 0.1 and two growths the truth, the fixed filter and a filter fitted to
+    the model on that kind each leave at least three times as much of the output. Partly: the first two on
+    white noise. Measured: the share of the output by kind."""
+    by_kind = {}
+    for kind in KINDS:
+        found = fielded(study, kind)
+        by_kind[kind] = shares(found.prediction, found.output, found.truth, kind)
+
+    # The closed form against what it stands for.
+    recurrences = fielded(study, "recurrences")
+    sampled = rotated_outputs(study.model, recurrences.x, SAMPLED, study.generator("sampled rotations"))
+    sampling = sampled.var(0)[:, FIRST_POSITION:].mean() / SAMPLED
+    mse_sampled = data.mse(sampled.mean(0), recurrences.truth) - sampling
+    mse_field = data.mse(recurrences.prediction, recurrences.truth)
+    is_the_mean = abs(mse_field - mse_sampled) <= 0.1 * mse_sampled
+
+    # Against predictors that know less.
+    values = {}
+    times = []
+    for kind in ("white noise", "noise 0.1", "two growths"):
+        left = 1 - by_kind[kind].output
+        for name, rival in field_rivals(study, kind).items():
+            times.append(rival / left)
+            values[f"{kind}: {name} leaves, times as much"] = rival / left
+
+    all_output = min(share.output for share in by_kind.values()) >= 0.98
+    all_error = min(by_kind[kind].error for kind in WHERE_IT_ERRS) >= 0.9
+    white = by_kind["white noise"]
+    on_white_noise = white.output >= 0.98 and white.error >= 0.9
+
+    for kind in KINDS:
+        values[f"{kind}: of the output"] = by_kind[kind].output
+        values[f"{kind}: of the error"] = by_kind[kind].error
+    values["MSE on recurrences: model, mean field"] = [data.mse(recurrences.output, recurrences.truth), mse_field]
+    values["MSE on recurrences, mean of all rotations (100 sampled)"] = mse_sampled
+    streams = [activations["ln_final.hook_normalized"] for activations in recurrences.activations]
+    maps = [whole_maps(study.model, x, stream) for x, stream in zip(recurrences.x, streams)]
+    values["MSE on recurrences, whole maps"] = data.mse(torch.stack(maps), recurrences.truth)
+    how = verdict(all_output and all_error and is_the_mean and min(times) >= 3, on_white_noise)
+    return Finding([by_kind[kind].output for kind in KINDS], how, values)
+
+
+# ---------- Where vectors are compared ----------
+def score_variances(study: Study) -> tuple[list[Tensor], list[Tensor]]:
+    """Variance over sequences, in the mean field of recurrences, of the numbers' and of the vectors' part of
+    the scores of each layer, less their mean over the sources of a row, which a softmax does not see."""
+    sequences = fielded(study, "recurrences").activations
+    past = torch.ones(MAX_LENGTH, MAX_LENGTH).tril()
+    numbers = []
+    vectors = []
+    for l in study.layers:
+        name = f"blocks.{l}.attn.hook_attn_scores"
+        parts = torch.stack([sequence[name] for sequence in sequences])  # [batch, 2, n_heads, dest, src]
+        row_mean = (parts * past).sum(-1, keepdim=True) / past.sum(-1, keepdim=True)
+        variance = ((parts - row_mean) * past).var(0).sum((-2, -1)) / past.sum()  # [2, n_heads]
+        numbers.append(variance[0].mean())
+        vectors.append(variance[1].mean())
+    return numbers, vectors
+
+
+@kept
+def without_directions(study: Study) -> Tensor:
+    """MSE, relative to the unchanged model's, with queries and keys of a layer held at their mean over
+    rotations of the inputs, so that its attention sees numbers and no directions: [layer, LENGTHS]."""
+    rows = []
+    for l in study.layers:
+        row = []
+        for length in LENGTHS:
+            found = turned(study, length)
+            names = (f"blocks.{l}.attn.hook_q", f"blocks.{l}.attn.hook_k")
+            hooks = interventions.hold({name: found.means[name] for name in names})
+            held = study.model(found.sample.inputs, hooks=hooks)
+            clean = data.mse(found.output, found.sample.targets)
+            row.append(data.mse(held, found.sample.targets) / clean)
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+@claim("vectors are compared once, in layer 0", None, 23, 3)
+def claim_angles(study: Study) -> Finding:
+    """Queries and keys of a layer are held at their mean over 32 rotations of the inputs, by sequence,
+    position and head. That multiplies the MSE on 400 sequences, in layer 0, by at least 5 with 4 and 8 inputs
+    and by 2 with 14, in layers 1 and 2 by at most 1.5; partly if with 4 and 8 inputs layer 0's factor is at
+    least five times each of the others. Measured: [layer][4, 8, 14 inputs]."""
+    times = without_directions(study)
+    short = times[:, :2]
+    needed = short[0].min() >= 5 and times[0, 2] >= 2
+    not_needed = times[1:].max() <= 1.5
+    mostly = (short[0] >= 5 * short[1:]).all()
+    numbers, vectors = score_variances(study)
+    values = {
+        "variance of the scores, the numbers' part, by layer": numbers,
+        "variance of the scores, the vectors' part, by layer": vectors,
+    }
+    return Finding(times, verdict(needed and not_needed, mostly), values)
+
+
+# ---------- Eight numbers a position ----------
+class Directions(NamedTuple):
+    """Of t at a point of the stream, over sequences: its mean, and its principal directions."""
+
+    mean: Tensor  # [pos, d_model]
+    directions: Tensor  # [d_model, d_model], the first one first
+
+
+@kept
+def number_directions(study: Study) -> dict[str, Directions]:
+    """Of t after every attention and every MLP, by hook name, over sequences that are not tested."""
+    points = [f"blocks.{l}.hook_resid_{which}" for l in study.layers for which in ("mid", "post")]
+    at_point: dict[str, list[Tensor]] = {name: [] for name in points}
+    for x in study.population.inputs[: min(OTHERS, study.size // 2)]:
+        streams: dict[str, Tensor] = {}
+        closed_form(study.model, x, interventions.record(points, streams))
+        for name in points:
+            at_point[name].append(streams[name][:, -1])
+
+    found = {}
+    for name, parts in at_point.items():
+        t = torch.stack(parts)  # [batch, pos, d_model]
+        mean = t.mean(0)
+        varying = (t - mean).flatten(0, 1)
+        _, directions = torch.linalg.eigh(varying.T @ varying)
+        found[name] = Directions(mean, directions.T.flip(0))
+    return found
+
+
+def keep_numbers(study: Study, count: int) -> dict[str, interventions.Hook]:
+    """Hooks of `closed_form` that leave of t its mean and `count` numbers after every attention and MLP."""
+
+    def restrict(point: Directions) -> interventions.Hook:
+        first = point.directions[:count]
+
+        def hook(stream: Tensor) -> Tensor:  # [pos, rows, d_model], a copy that may be written into
+            mean = point.mean[: len(stream)]
+            stream[:, -1] = mean + (stream[:, -1] - mean) @ first.T @ first
+            return stream
+
+        return hook
+
+    return {name: restrict(point) for name, point in number_directions(study).items()}
+
+
+@kept
+def restricted_mses(study: Study) -> list[Tensor]:
+    """MSE of the closed form on recurrences with so many numbers a position, by DIRECTIONS."""
+    found = fielded(study, "recurrences")
+    mses = []
+    for count in DIRECTIONS:
+        prediction = closed_forms(study.model, found.x, keep_numbers(study, count))
+        mses.append(data.mse(prediction, found.truth))
+    return mses
+
+
+@claim("beside multiples of the vectors a position holds eight numbers", None, 23)
+def claim_numbers(study: Study) -> Finding:
+    """In the closed form t, less its mean at each position, is restricted to its k first principal directions
+    (of other sequences) after every attention and MLP; MSE on recurrences. Unrestricted it is at most a
+    hundredth of that of predicting 0, with 8 at most 1.5 times as much, with 1 at least 3 times; partly if
+    with 8 at most the model's own, and with 1 at least 3 times the unrestricted. Measured: the MSE with 8
+    over the unrestricted."""
+    found = fielded(study, "recurrences")
+    unrestricted = data.mse(found.prediction, found.truth)
+    model = data.mse(found.output, found.truth)
+    zero = data.mse(torch.zeros_like(found.truth), found.truth)
+    restricted = restricted_mses(study)
+    with_one = restricted[0]
+    with_eight = restricted[-1]
+
+    useful = unrestricted <= zero / 100
+    eight_suffice = with_eight <= 1.5 * unrestricted
+    one_does_not = with_one >= 3 * unrestricted
+    values = {
+        "k": DIRECTIONS,
+        "MSE with k numbers": restricted,
+        "MSE unrestricted": unrestricted,
+        "MSE of the model": model,
+        "MSE of predicting 0": zero,
+    }
+    how = verdict(useful and eight_suffice and one_does_not, with_eight <= model and one_does_not)
+    return Finding(with_eight / unrestricted, how, values)
+
+
+# ---------- Figures ----------
+def draw_asymmetry(axes, study: Study):
+    """The MSE by position as asymmetry and the rest."""
+    mse, asymmetry = asymmetry_by_position(study)
+    axes.bar(POSITIONS, mse - asymmetry, color=CLOSED_FORM, label="the rest")
+    axes.bar(POSITIONS, asymmetry, bottom=mse - asymmetry, color=MODEL, label="asymmetry")
+    axes.set(xlabel="position n, at which $a_{n+1}$ is predicted", ylabel="mean squared error")
+
+
+@figure(21, "half of the error is asymmetry")
+def figure_rotations(study: Study):
+    title = "Answers to turned inputs, turned back and averaged: half of the error is asymmetry"
+    canvas, panels = grid(1, 2, 10.5, 4, title)
+    axes = panels[0, 0]
+    counts = range(1, FOR_VARIANCE + 1)
+    for length, marker in zip(LENGTHS, ("o", "s", "^")):
+        found = turned(study, length)
+        target = found.sample.targets
+        mse = data.mse(found.output, target)
+        means = [data.mse(found.outputs[:count].mean(0), target) / mse for count in counts]
+        axes.plot(counts, means, marker=marker, ms=4, color=MODEL, label=f"{length} inputs")
+    for kind, style in {"4 inputs": ":", "recurrences": "--"}.items():
+        found = fielded(study, kind)
+        share = data.mse(found.prediction, found.truth) / data.mse(found.output, found.truth)
+        label = f"closed form, all rotations, {found.x.shape[1]} inputs"
+        axes.axhline(share, color=CLOSED_FORM, ls=style, label=label)
+    axes.set(title="the mean of several rotations", xlabel="rotations averaged", ylim=(0, None))
+    axes.set_ylabel("MSE / the model's MSE")
+    axes.legend()
+
+    draw_asymmetry(panels[0, 1], study)
+    panels[0, 1].set_title("by position, sequences of all lengths")
+    panels[0, 1].legend()
+    return canvas
+
+
+@figure(23, "where vectors are compared, and the numbers beside them", 3)
+def figure_angles(study: Study):
+    canvas, panels = grid(1, 3, 12, 4, "Vectors are compared once, in layer 0; beside them a few numbers")
+    axes = panels[0, 0]
+    times = without_directions(study)
+    for l in study.layers:
+        x = np.arange(len(LENGTHS)) + 0.25 * (l - 1)
+        axes.bar(x, times[l], 0.23, color=LAYERS[l % 3], label=f"layer {l}")
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set(title="queries and keys without directions", yscale="log", ylabel="times the MSE")
+    axes.set_xticks(range(len(LENGTHS)), [f"{length} inputs" for length in LENGTHS])
+    axes.legend()
+
+    axes = panels[0, 1]
+    numbers, vectors = score_variances(study)
+    layers = np.array(study.layers)
+    axes.bar(layers - 0.2, numbers, 0.38, color=GREY, label="the numbers' part")
+    axes.bar(layers + 0.2, vectors, 0.38, color=TRUTH, label="the vectors' part")
+    axes.set(title="what attention scores consist of", yscale="log", ylabel="variance over sequences")
+    axes.set_xticks(study.layers, [f"layer {l}" for l in study.layers])
+    axes.legend()
+
+    axes = panels[0, 2]
+    found = fielded(study, "recurrences")
+    axes.semilogy(DIRECTIONS, restricted_mses(study), "o-", color=CLOSED_FORM, label="closed form, k numbers")
+    unrestricted = data.mse(found.prediction, found.truth)
+    axes.axhline(unrestricted, color=CLOSED_FORM, ls="--", label="closed form, all 128")
+    axes.axhline(data.mse(found.output, found.truth), color=MODEL, label="the model")
+    axes.set(title="how many numbers a position needs", xlabel="numbers k a position keeps")
+    axes.set_ylabel("mean squared error")
+    axes.legend()
+    return canvas
