@@ -14,7 +14,7 @@ needs nothing else than to stand among them, which are in the order of the paper
 import os
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # nothing is shown here, and one that is not installed would end it
+    os.environ["MPLBACKEND"] = "agg"  # nothing is shown here, and a user's choice may not be installed
 
 import contextlib
 import functools
@@ -170,7 +170,7 @@ class Study:
 
     @kept
     def near(self, c: int) -> data.Sample:
-        """Sequences that alternate, c near -1, or their counterpart, c near 1, whose vectors are as long."""
+        """Sequences that alternate, c near -1, or their counterpart that does not, c near 1."""
         purpose = "alternating" if c < 0 else "steady"
         return self.draw(purpose, EXAMPLES, (c - 0.1, c + 0.1))
 
@@ -675,7 +675,7 @@ def claim_dla_sign(study: Study) -> Finding:
     layers = both.mean(2)  # [goal, layer]
     correlation = torch.corrcoef(both.flatten(1))[0, 1]
 
-    layer_0, layer_1, layer_2 = layers.T  # [goal] each
+    layer_0, layer_1, layer_2 = layers.T[:3]  # [goal] each
     signs = layer_0.min() > 0 and layer_2.max() < 0
     largest = layers.abs().amax(1)
     silent = (layer_1.abs() <= 0.25 * largest).all()
@@ -878,17 +878,18 @@ def figure_ov_layer_0_resid(study: Study):
     finite = slope[~slope.isnan()]
     if not len(finite):
         raise FloatingPointError("no vector has a slope")
-    resid = study.activations["blocks.0.hook_resid_pre"][slope == slope.nanmedian()][0]
+    median = slope == slope.nanmedian()  # torch's median is one of the elements
+    resid = study.activations["blocks.0.hook_resid_pre"][median][0]
     canvas, panels = grid(1, 3, 11, 3.6, "OV of layer 0 on residual stream vectors, heads summed")
 
     ov = ov_circuit(study.model, 0).sum(0)
     title = f"the paper's: all {len(resid)} coordinates of the\nresidual stream, one vector"
     scatter_fit(panels[0, 0], resid, resid @ ov, title, "$x_d$", "$(OV\\,x)_d$")
 
-    data_read = read_by_layer_0(study, resid)
-    data_written = written_by_layer_0(study, resid)
+    vector = study.population.inputs[median][0]
     title = "the same vector between data coordinates,\nwith $\\ln_1$"
-    scatter_fit(panels[0, 1], data_read, data_written, title, "$(x\\,W_E^+)_d$", "$(\\ln_1(x)\\;OV\\;W_U)_d$")
+    scatter_fit(panels[0, 1], vector, written_by_layer_0(study, resid), title, "$a_d$",
+                "$(\\ln_1(x)\\;OV\\;W_U)_d$")
 
     axes = panels[0, 2]
     axes.hist(finite, bins=60, color=LAYERS[0])

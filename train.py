@@ -279,13 +279,13 @@ def train(run: Run):
             run.write_weights(f"steps/{run.done:08d}.pt")
 
         row = ""
-        now = time.perf_counter()
         if run.done % options.eval_every == 0 or run.done == options.steps:
             loss = torch.stack(losses).double().mean().item()
             eval_mse = data.evaluate(run.model, held_out, run.task.first)
             if not math.isfinite(loss + eval_mse):
                 raise FloatingPointError(f"the loss is not finite at or before step {run.done:,}: the last "
                                          "checkpoint is kept; try a smaller --lr with another --out")
+            now = time.perf_counter()
             run.seconds += now - row_start
             row_start = now
             run.log += f"{run.done},{loss:.8g},{eval_mse:.8g},{run.seconds:.1f}\n"
@@ -294,7 +294,7 @@ def train(run: Run):
             row = f"  loss {loss:.2e}  held-out MSE {eval_mse:.2e}"
 
         if row or run.done % 10 == 0:
-            rate = (run.done - first) / (now - start)
+            rate = (run.done - first) / (time.perf_counter() - start)
             left = f"{rate:.1f} steps/s  {(options.steps - run.done) / rate / 60:.0f} min left"
             progress(f"step {run.done:,}/{options.steps:,}{row}  {left}", stay=bool(row))
 
@@ -304,6 +304,7 @@ def capture(run: Run):
     """Record the step as CUDA graphs, one for each length: replaying one costs a launch instead of several
     hundred. Where that fails, training goes on without."""
     before = copy.deepcopy(run.state())
+    torch.cuda.synchronize()  # the copy first
     stream = torch.cuda.current_stream()
     graphs = {}
     try:

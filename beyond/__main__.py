@@ -12,8 +12,9 @@ import os
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"
 
-import beyond.gain  # noqa: F401, enters its claims and figures
+import beyond.symmetry  # noqa: F401, in the order of the article: each enters its claims and figures
 import beyond.scalars  # noqa: F401
+import beyond.gain  # noqa: F401
 from analyze import MODEL, TRUTH, Study, grid, pick, run_command
 from beyond.filter import FILTER, OURS, POSITIONS, by_position, errors, figure
 from beyond.symmetry import CLOSED_FORM, asymmetry_by_position, fielded, first_judged, shares

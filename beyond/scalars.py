@@ -210,12 +210,12 @@ def put_layer_0(study: Study, x: Tensor, kappa: Tensor) -> dict[str, interventio
     """A hook that leaves after layer 0, in what W_U reads, the data of kappa [n_heads] and MLP 0's slope."""
     taken = patterns_and_scales(study, x)
     W_U = study.model.unembed.W_U
-    factors = source_factors(taken, kappa[None], mlp_slopes(study)[:1]) * taken[SCALE]
-    held = factors @ x
+    held = data_steps(taken, kappa[None], mlp_slopes(study)[:1])["after MLP 0"] @ x
 
     def replace(resid: Tensor) -> Tensor:
         off = held - resid @ W_U
-        return resid + (off - off.mean(0)) @ torch.linalg.pinv(W_U)
+        off = off - off.mean(0)  # the mean over sequences is position, not data
+        return resid + off @ torch.linalg.pinv(W_U)
 
     return {"blocks.0.hook_resid_post": replace}
 
