@@ -14,7 +14,9 @@ needs nothing else than to stand among them, which are in the order of the paper
 import os
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # nothing is shown here, and a user's choice may not be installed
+    os.environ["MPLBACKEND"] = (
+        "agg"  # nothing is shown here, and a user's choice may not be installed
+    )
 
 import contextlib
 import functools
@@ -41,8 +43,17 @@ import data
 import interventions
 from data import FIRST_POSITION, MAX_LENGTH, explained, neighbours, squared_errors
 from interventions import Hook
-from model import (Transformer, data_ov_circuit, data_qk_circuit, fold, load_weights, ov_circuit, qk_circuit,
-                   save, settings_beside)
+from model import (
+    Transformer,
+    data_ov_circuit,
+    data_qk_circuit,
+    fold,
+    load_weights,
+    ov_circuit,
+    qk_circuit,
+    save,
+    settings_beside,
+)
 from train import command_line, from_settings, progress, say
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -145,7 +156,9 @@ class Study:
     """A trained model and what is measured on it more than once, when it is asked for. size: sequences in the
     population and in the test set. log: the run's log.csv. settings: its config.json."""
 
-    def __init__(self, transformer: Transformer, size: int, log: dict[str, np.ndarray], settings: dict):
+    def __init__(
+        self, transformer: Transformer, size: int, log: dict[str, np.ndarray], settings: dict
+    ):
         self.model = fold(transformer).requires_grad_(False)
         self.size = size
         self.log = log
@@ -163,10 +176,14 @@ class Study:
         seed = random.Random(f"{SEED} {purpose}").getrandbits(62)
         return torch.Generator().manual_seed(seed)
 
-    def draw(self, purpose: str, size: int = POPULATION, c_range: tuple = (-2.0, 2.0)) -> data.Sample:
+    def draw(
+        self, purpose: str, size: int = POPULATION, c_range: tuple = (-2.0, 2.0)
+    ) -> data.Sample:
         """`size` sequences of 14 inputs, but no more than the population has."""
         d_vocab = self.model.config.d_vocab
-        return data.sample(min(size, self.size), MAX_LENGTH, self.generator(purpose), d_vocab, c_range)
+        return data.sample(
+            min(size, self.size), MAX_LENGTH, self.generator(purpose), d_vocab, c_range
+        )
 
     @kept
     def near(self, c: int) -> data.Sample:
@@ -192,8 +209,15 @@ class Study:
     def activations(self) -> dict[str, Tensor]:
         """The one plain forward pass over the population that claims and figures share."""
         names = ["blocks.0.hook_resid_pre", "blocks.0.ln1.hook_normalized", SCALE]
-        of_layer = ("attn.hook_pattern", "attn.hook_z", "attn.hook_result", "hook_attn_out", "hook_resid_mid",
-                    "hook_mlp_out", "hook_resid_post")
+        of_layer = (
+            "attn.hook_pattern",
+            "attn.hook_z",
+            "attn.hook_result",
+            "hook_attn_out",
+            "hook_resid_mid",
+            "hook_mlp_out",
+            "hook_resid_post",
+        )
         for l in self.layers:
             names += [f"blocks.{l}.{name}" for name in of_layer]
         return self.record(self.population.inputs, *names)
@@ -206,8 +230,14 @@ class Study:
         names = [f"blocks.{l}.hook_resid_pre" for l in self.layers]
         return self.record(self.test.inputs, *names, SCALE)
 
-    def errors(self, layer: int, hooks: dict[str, Hook], count: int | None = None,
-               model: Transformer | None = None, scale: Tensor | None = None) -> Tensor:
+    def errors(
+        self,
+        layer: int,
+        hooks: dict[str, Hook],
+        count: int | None = None,
+        model: Transformer | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
         """MSE of each of the first `count` test sequences under an intervention that changes nothing before
         `layer`; `scale` [size, pos, 1] takes the place of ln_final's."""
         resid = self.clean[f"blocks.{layer}.hook_resid_pre"][:count]
@@ -236,12 +266,16 @@ def open_study(run: str, step: int | None = None) -> Study:
     """The study of a run folder, at its last step or one in steps/. FileNotFoundError or ValueError unless it
     is as train.py writes it, of affine recurrences."""
     if not os.path.isdir(run):
-        raise FileNotFoundError(f"there is no run folder {run}: give one with weights.pt and log.csv")
+        raise FileNotFoundError(
+            f"there is no run folder {run}: give one with weights.pt and log.csv"
+        )
     file = "weights.pt" if step is None else f"steps/{step:08d}.pt"
     path = os.path.join(run, file)
     settings = settings_beside(path)
     if settings.get("task", "affine") != "affine":
-        raise ValueError(f"{run} learnt {settings['task']}, not affine: see python -m beyond.recurrences")
+        raise ValueError(
+            f"{run} learnt {settings['task']}, not affine: see python -m beyond.recurrences"
+        )
     from_settings(settings)  # refuses values out of their range
     transformer = load_weights(path)
 
@@ -257,7 +291,11 @@ def open_study(run: str, step: int | None = None) -> Study:
         "sha256": transformer.sha256,
         "step": int(log["step"][-1]) if step is None else step,
         "config": settings,
-        "samples": {"population": POPULATION, "held out, per length": HELD_OUT_PER_LENGTH, "few": FEW},
+        "samples": {
+            "population": POPULATION,
+            "held out, per length": HELD_OUT_PER_LENGTH,
+            "few": FEW,
+        },
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -270,14 +308,18 @@ def open_study(run: str, step: int | None = None) -> Study:
 
 def read_log(path: str) -> dict[str, np.ndarray]:
     """The columns of log.csv by name. ValueError unless there is one, of finite numbers."""
-    with contextlib.suppress(OSError, ValueError):  # no file; no rows, ragged ones, or words in them
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # no file; no rows, ragged ones, or words in them
         with open(path, errors="replace") as f:
             lines = [line.split(",") for line in f.read().split()]
         names = lines[0] if lines else []
         columns = dict(zip(names, np.array(lines[1:], dtype=float).T, strict=True))
         if names[:3] == ["step", "loss", "eval_mse"] and np.isfinite(list(columns.values())).all():
             return columns
-    raise ValueError(f"{path} is no training log: expected columns step,loss,eval_mse,.. and rows of numbers")
+    raise ValueError(
+        f"{path} is no training log: expected columns step,loss,eval_mse,.. and rows of numbers"
+    )
 
 
 # ---------- Statistics ----------
@@ -353,13 +395,22 @@ STYLE = {
 }
 
 
-def grid(rows: int, columns: int, width: float, height: float, title: str, shared=False, height_ratios=None):
+def grid(
+    rows: int,
+    columns: int,
+    width: float,
+    height: float,
+    title: str,
+    shared=False,
+    height_ratios=None,
+):
     """A figure of `rows` x `columns` axes, in inches, and the axes, an array [rows, columns]. It is made
     without pyplot, so that no notebook's backend changes."""
     canvas = Figure(figsize=(width, height), layout="constrained")
     canvas.suptitle(title)
-    panels = canvas.subplots(rows, columns, sharex=shared, sharey=shared, squeeze=False,
-                             height_ratios=height_ratios)
+    panels = canvas.subplots(
+        rows, columns, sharex=shared, sharey=shared, squeeze=False, height_ratios=height_ratios
+    )
     return canvas, panels
 
 
@@ -402,13 +453,17 @@ def write_values(axes, matrix: Tensor):
 # ---------- 3.1 Data sampling ----------
 @figure(1, "types of affine recurrences")
 def figure_sequences(study: Study):
-    canvas, panels = grid(1, 3, 10, 3, "Types of affine recurrences: 8 of the dimensions, one colour each")
+    canvas, panels = grid(
+        1, 3, 10, 3, "Types of affine recurrences: 8 of the dimensions, one colour each"
+    )
     kinds = {"oscillating": -0.9, "decaying": 0.6, "growing": 1.3}
     for axes, (kind, c) in zip(panels.flat, kinds.items()):
         i = pick(study.population, c)
         axes.plot(study.population.a[i, :, :8], marker=".")
         axes.axhline(0, color="0.8", zorder=0)
-        axes.set(title=f"{kind}: c = {study.population.c[i]:.2f}", xlabel="n", xticks=range(0, 15, 2))
+        axes.set(
+            title=f"{kind}: c = {study.population.c[i]:.2f}", xlabel="n", xticks=range(0, 15, 2)
+        )
     panels[0, 0].set_ylabel("component of $a_n$")
     return canvas
 
@@ -460,7 +515,9 @@ def figure_loss(study: Study):
     log = study.log
     last = log["eval_mse"][-20:]
     mse = held_out_errors(study).mean()
-    axes.semilogy(log["step"], log["loss"], color=GREY, label="training loss, mean since the row before")
+    axes.semilogy(
+        log["step"], log["loss"], color=GREY, label="training loss, mean since the row before"
+    )
     held_out = f"held-out MSE; in the last 20 rows {last.min():.1e} to {last.max():.1e}"
     axes.semilogy(log["step"], log["eval_mse"], color=MODEL, label=held_out)
     axes.plot(log["step"][-1], mse, "o", color="black", ms=4, label=f"the claim's MSE: {mse:.2e}")
@@ -486,7 +543,9 @@ class Alternation(NamedTuple):
     """How far attention alternates from source to source, by head."""
 
     share: Tensor  # [n_heads]: of a row's variance, that along (-1)^s
-    by_distance: Tensor  # [n_heads]: amplitude along (-1)^(n-s), > 0 if similar vectors attend to each other
+    by_distance: (
+        Tensor  # [n_heads]: amplitude along (-1)^(n-s), > 0 if similar vectors attend to each other
+    )
 
 
 def alternation(pattern: Tensor) -> Alternation:
@@ -528,14 +587,19 @@ def claim_l0_prev_token(study: Study) -> Finding:
 @claim("most layer 1 heads attend to the second vector", "most", 4, 2)
 def claim_l1_second_token(study: Study) -> Finding:
     """Attention from positions 3 to 13 to position 1, by head. In more than half of the heads the most
-    attended position, with at least twice what uniform attention gives; partly in more than a quarter."""
+    attended position, with at least twice what uniform attention gives; partly in more than a quarter.
+    """
     pattern = study.activations["blocks.1.attn.hook_pattern"]
     score = second_token_score(pattern)
     favourite = pattern[:, :, 3:].mean((0, 2)).argmax(-1)
     sources = torch.arange(3, MAX_LENGTH) + 1  # that positions 3.. see
     uniform = (1 / sources).mean()
     heads = int(((favourite == 1) & (score >= 2 * uniform)).sum())
-    values = {"heads that do": heads, "most attended position": favourite, "uniform attention": uniform}
+    values = {
+        "heads that do": heads,
+        "most attended position": favourite,
+        "uniform attention": uniform,
+    }
     n_heads = len(study.heads)
     return Finding(score, verdict(heads > n_heads / 2, heads > n_heads / 4), values)
 
@@ -617,7 +681,9 @@ def figure_attention_example(study: Study):
     patterns = study.activations["blocks.0.attn.hook_pattern"][:1, :, :8, :8]
     head = int(previous_token_score(patterns).argmax())
     pattern = patterns[0, head]
-    canvas, panels = grid(1, 1, 5.4, 4.4, f"An attention pattern: layer 0, head {head}, one sequence")
+    canvas, panels = grid(
+        1, 1, 5.4, 4.4, f"An attention pattern: layer 0, head {head}, one sequence"
+    )
     axes = panels[0, 0]
     title = "each row sums to 1; the future is masked"
     image = attention_map(axes, pattern, title, "source position", "destination position")
@@ -626,13 +692,15 @@ def figure_attention_example(study: Study):
 
 
 # ---------- 4.3 Direct logit attributions ----------
-def direct_attribution(model: Transformer, component: Tensor, target: Tensor,
-                       scale: Tensor | None = None) -> Tensor:
+def direct_attribution(
+    model: Transformer, component: Tensor, target: Tensor, scale: Tensor | None = None
+) -> Tensor:
     """Direct logit attribution: <ln_final(component) W_U, target>, [batch, pos, ...], of what something adds
     to the residual stream, [batch, pos, ..., d_model]; target [batch, pos, d_vocab].
 
     scale None is the paper's text: ln_final on the component alone, which forgets its size. The field's
-    standard is ln_final.hook_scale: all components and ln_final.b W_U + b_U add up to the output's."""
+    standard is ln_final.hook_scale: all components and ln_final.b W_U + b_U add up to the output's.
+    """
     ln = model.ln_final
     if scale is None:
         normalised = F.layer_norm(component, ln.w.shape, ln.w, None, ln.eps)
@@ -691,7 +759,8 @@ def claim_dla_sign(study: Study) -> Finding:
 @claim("layer 1's heads write to the orthogonal complement of the embedding space", "yes", 7, 2)
 def claim_l1_orthogonal(study: Study) -> Finding:
     """Mean share of the norm of what layer 1's heads write outside the span of W_E. At least 0.95; partly if
-    that of what they write outside the span of W_U is, which makes their effects "less apparent"."""
+    that of what they write outside the span of W_U is, which makes their effects "less apparent".
+    """
     written = study.activations["blocks.1.attn.hook_result"].sum(2)
     W_E = study.model.embed.W_E
     outside_W_E = outside_share(written, W_E)
@@ -704,7 +773,9 @@ def claim_l1_orthogonal(study: Study) -> Finding:
     return Finding(measured, how, values, interval(outside_W_E))
 
 
-def draw_attribution(panels, study: Study, title: str, mean: Tensor, by_position: Tensor, unit: str):
+def draw_attribution(
+    panels, study: Study, title: str, mean: Tensor, by_position: Tensor, unit: str
+):
     """A column of figure 7: the mean [layer, head] above what it is at each position [layer, head, pos]."""
     heat(panels[0], mean, f"{title}\nmean over positions 2 to 13", "head", "layer", "dot product")
     write_values(panels[0], mean)
@@ -714,7 +785,9 @@ def draw_attribution(panels, study: Study, title: str, mean: Tensor, by_position
     heat(panels[1], rows, "by position", "position", "layer.head", unit)
     names = [f"{l}.{h}" for l in study.layers for h in study.heads]
     panels[1].set_yticks(range(len(names)), names, fontsize=7)
-    panels[1].set_xticks(range(0, MAX_LENGTH - FIRST_POSITION, 2), range(FIRST_POSITION, MAX_LENGTH, 2))
+    panels[1].set_xticks(
+        range(0, MAX_LENGTH - FIRST_POSITION, 2), range(FIRST_POSITION, MAX_LENGTH, 2)
+    )
 
 
 @figure(7, "direct logit attribution of the heads")
@@ -818,7 +891,8 @@ def claim_l0_ov_slope(study: Study) -> Finding:
 @claim("its intercept", "near 0", 8)
 def claim_l0_ov_intercept(study: Study) -> Finding:
     """Intercepts over the same vectors, relative to the root mean square of (ln1(x) OV W_U)_d. At most a
-    tenth in 95% of the vectors; partly if so on average. (In d_model coordinates it is 0 by construction.)"""
+    tenth in 95% of the vectors; partly if so on average. (In d_model coordinates it is 0 by construction.)
+    """
     intercept = ov_fits(study)["data vectors"].intercept
     written = written_by_layer_0(study, study.activations["blocks.0.hook_resid_pre"])
     unit = written[~intercept.isnan()].pow(2).mean().sqrt()
@@ -827,13 +901,16 @@ def claim_l0_ov_intercept(study: Study) -> Finding:
     widest = quantiles(relative.abs(), 0.95)[0]
     mean = relative.abs().nanmean()
     how = verdict(widest <= 0.1, mean <= 0.1)
-    return Finding(relative.nanmedian(), how, {"95% within": widest}, interval(relative, of=torch.nanmedian))
+    return Finding(
+        relative.nanmedian(), how, {"95% within": widest}, interval(relative, of=torch.nanmedian)
+    )
 
 
 @claim("the same R^2 on random vectors, lower", 0.598, 10)
 def claim_l0_ov_r2_random(study: Study) -> Finding:
     """Median R^2 of (x W_E^+, ln1(x) OV W_U) over Gaussian vectors x in R^d_model. Lower than of residual
-    stream vectors by at least 0.1, yet at least 0.25, which can be seen; partly if only one of the two."""
+    stream vectors by at least 0.1, yet at least 0.25, which can be seen; partly if only one of the two.
+    """
     r2 = ov_fits(study)["random vectors"].r2
     median = r2.median()
     residual_stream = ov_fits(study)["data vectors"].r2.nanmedian()
@@ -846,7 +923,8 @@ def claim_l0_ov_r2_random(study: Study) -> Finding:
 @claim("share of the norm of layer 0's OV x outside the span of W_E", 0.8415, 9)
 def claim_l0_orthogonal(study: Study) -> Finding:
     """Mean over residual stream vectors, OV summed over heads. At least 0.8415 less 0.05 and above a random
-    direction's, below which the circuit would prefer the embedding space; partly if only the first."""
+    direction's, below which the circuit would prefer the embedding space; partly if only the first.
+    """
     W_E = study.model.embed.W_E
     ov = ov_circuit(study.model, 0).sum(0)
     share = outside_share(study.activations["blocks.0.hook_resid_pre"] @ ov, W_E)
@@ -888,8 +966,14 @@ def figure_ov_layer_0_resid(study: Study):
 
     vector = study.population.inputs[median][0]
     title = "the same vector between data coordinates,\nwith $\\ln_1$"
-    scatter_fit(panels[0, 1], vector, written_by_layer_0(study, resid), title, "$a_d$",
-                "$(\\ln_1(x)\\;OV\\;W_U)_d$")
+    scatter_fit(
+        panels[0, 1],
+        vector,
+        written_by_layer_0(study, resid),
+        title,
+        "$a_d$",
+        "$(\\ln_1(x)\\;OV\\;W_U)_d$",
+    )
 
     axes = panels[0, 2]
     axes.hist(finite, bins=60, color=LAYERS[0])
@@ -911,7 +995,9 @@ def figure_ov_layer_0_sum(study: Study):
     between_data = data_ov_circuit(study.model, 0).sum(0)
     cosine = identity_cosine(between_data)
     title = f"between data coordinates, $W_E W_V W_O W_U$: cosine with I {cosine:.2f}"
-    heat(panels[0, 1], between_data, title, "written data dimension", "read data dimension", "weight")
+    heat(
+        panels[0, 1], between_data, title, "written data dimension", "read data dimension", "weight"
+    )
     return canvas
 
 
@@ -919,9 +1005,17 @@ def figure_ov_layer_0_sum(study: Study):
 def figure_ov_layer_0_random(study: Study):
     canvas, panels = grid(1, 2, 10, 3.8, "OV of layer 0 (heads summed) on random vectors")
     x = random_vectors(study)[0, 0]
-    title = f"one of them; the slope is small since ln1 divides\nit by {x.std():.1f}, data by much less"
-    scatter_fit(panels[0, 0], read_by_layer_0(study, x), written_by_layer_0(study, x), title,
-                "$(x\\,W_E^+)_d$", "$(\\ln_1(x)\\;OV\\;W_U)_d$")
+    title = (
+        f"one of them; the slope is small since ln1 divides\nit by {x.std():.1f}, data by much less"
+    )
+    scatter_fit(
+        panels[0, 0],
+        read_by_layer_0(study, x),
+        written_by_layer_0(study, x),
+        title,
+        "$(x\\,W_E^+)_d$",
+        "$(\\ln_1(x)\\;OV\\;W_U)_d$",
+    )
 
     axes = panels[0, 1]
     bins = np.linspace(0.5, 1, 101)
@@ -930,11 +1024,15 @@ def figure_ov_layer_0_random(study: Study):
     axes.hist(random_r2[~random_r2.isnan()], bins, density=True, color=GREY, label=label)
     data_r2 = ov_fits(study)["data vectors"].r2
     label = f"data vectors, median {data_r2.nanmedian():.2f}"
-    axes.hist(data_r2[~data_r2.isnan()], bins, density=True, color=LAYERS[0], alpha=0.7, label=label)
+    axes.hist(
+        data_r2[~data_r2.isnan()], bins, density=True, color=LAYERS[0], alpha=0.7, label=label
+    )
     axes.axvline(0.598, color=PAPERS, ls=":", label="paper, random vectors: 0.598")
     axes.axvline(0.83, color=PAPERS, ls="--", label="paper, data vectors: 0.83")
     axes.set(title="all vectors", xlabel="$R^2$ of the line", ylabel="density", xlim=(0.5, 1))
-    axes.legend(loc="upper left", bbox_to_anchor=(0.22, 1), frameon=True, framealpha=1, edgecolor="white")
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(0.22, 1), frameon=True, framealpha=1, edgecolor="white"
+    )
     return canvas
 
 
@@ -954,7 +1052,9 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
     errors = study.errors(1, ablation)
     times = study.factor(errors)
     times_held = study.factor(study.errors(1, ablation, scale=study.clean[SCALE]))
-    by_head = [study.factor(study.errors(1, mean_ablation(study, [(1, h)]), FEW)) for h in study.heads]
+    by_head = [
+        study.factor(study.errors(1, mean_ablation(study, [(1, h)]), FEW)) for h in study.heads
+    ]
 
     # The other layers' heads and MLPs, to compare.
     heads_by_layer = []
@@ -999,7 +1099,9 @@ def claim_l1_ov_effective_rank(study: Study) -> Finding:
 
 @figure(11, "OV of layer 1: head 0 and the ranks of all heads", 2)
 def figure_ov_layer_1(study: Study):
-    canvas, panels = grid(1, 2, 10, 4.4, "OV circuits of layer 1: a few directions carry what is written")
+    canvas, panels = grid(
+        1, 2, 10, 4.4, "OV circuits of layer 1: a few directions carry what is written"
+    )
     ov = ov_circuit(study.model, 1)
     title = "head 0 as in the paper, $W_V W_O$"
     xlabel = "written residual stream dimension"
@@ -1015,7 +1117,9 @@ def figure_ov_layer_1(study: Study):
     axes.plot(trained[0] / trained[0, 0], color=LAYERS[1], lw=2.5)
     axes.plot([], [], color=LAYERS[1], label="the heads of layer 1 (thick: head 0)")
     axes.plot([], [], color=GREY, label="untrained heads")
-    axes.set(title="singular values", xlabel="number", ylabel="relative to the largest", ylim=(0, None))
+    axes.set(
+        title="singular values", xlabel="number", ylabel="relative to the largest", ylim=(0, None)
+    )
     axes.legend()
     return canvas
 
@@ -1030,7 +1134,8 @@ def identity_cosine(matrix: Tensor) -> Tensor:
 
 def eigenvalue_score(circuit: Tensor) -> Tensor:
     """sum(lambda) / sum(|lambda|) of square matrices [..., n, n], in [-1, 1]: 1 copies, -1 copies negatively
-    (4.6). For a product of thin factors A B pass B A, which has the same eigenvalues but for zeros."""
+    (4.6). For a product of thin factors A B pass B A, which has the same eigenvalues but for zeros.
+    """
     eigenvalues = torch.linalg.eigvals(circuit.double())
     score = eigenvalues.sum(-1).real / eigenvalues.abs().sum(-1)
     return score.float()
@@ -1103,7 +1208,11 @@ def draw_circuits(circuit: Tensor, between_data: Tensor, title: str, xlabel: str
     title += " circuits of layer 2: cosine with I. Blue is positive; each panel has its own range"
     canvas, panels = grid(-(-(len(between_data) + 1) // 3), 3, 9, 8.6, title)
     cosine = identity_cosine(circuit[0])
-    heat(panels.flat[0], circuit[0], f"head 0, the paper's {len(circuit[0])} coordinates: {cosine:.2f}")
+    heat(
+        panels.flat[0],
+        circuit[0],
+        f"head 0, the paper's {len(circuit[0])} coordinates: {cosine:.2f}",
+    )
     for head, (axes, matrix) in enumerate(zip(panels.flat[1:], between_data)):
         heat(axes, matrix, f"head {head}, data coordinates: {identity_cosine(matrix):.2f}")
     for axes in panels.flat:
@@ -1152,7 +1261,8 @@ def lens_share(study: Study, hook: str, own_scale: bool = False) -> LensShare:
 def claim_lens_after_l0(study: Study) -> Finding:
     """1 - MSE / MSE of predicting 0, positions 2 to 13, unembedded with the scale that ln_final has at the
     end. Fair: at least nine tenths of what the best fixed linear predictor from a_n and a_{n-1} explains;
-    partly if, times the best constant, it explains at least half: the right shape in the wrong size."""
+    partly if, times the best constant, it explains at least half: the right shape in the wrong size.
+    """
     hook = "blocks.0.hook_resid_post"
     after = lens_share(study, hook)
     truth, a_n, before = neighbours(study.population.a)
@@ -1209,7 +1319,9 @@ def figure_lens_after_layer_0(study: Study):
         shown = (slice(FIRST_POSITION, None), dimension)
         axes.plot(positions, truth[shown], color=TRUTH, marker="o", ms=4, label="true next vector")
         axes.plot(positions, after[i][shown], color=LAYERS[0], marker=".", label="after layer 0")
-        axes.plot(positions, output[i][shown], color=MODEL, ls="--", marker=".", label="model's output")
+        axes.plot(
+            positions, output[i][shown], color=MODEL, ls="--", marker=".", label="model's output"
+        )
         axes.axhline(0, color="0.9", zorder=0)
         axes.set(title=f"c = {study.population.c[i]:.2f}, dimension {dimension}", xlabel="position")
     panels[0, 0].set_ylabel("component")
@@ -1224,7 +1336,9 @@ def data_eigenvalue_scores(study: Study) -> Tensor:
 
 def d_model_eigenvalue_scores(study: Study) -> Tensor:
     """Those of W_V W_O, as in the paper, from the d_head x d_head product W_O W_V, [n_layers, n_heads]."""
-    return torch.stack([eigenvalue_score(block.attn.W_O @ block.attn.W_V) for block in study.model.blocks])
+    return torch.stack(
+        [eigenvalue_score(block.attn.W_O @ block.attn.W_V) for block in study.model.blocks]
+    )
 
 
 @claim("OV eigenvalue scores: layer 2 copies negatively", "layer 2 negative", 15, 3)
@@ -1313,7 +1427,8 @@ def mlp_cosines(study: Study) -> Tensor:
 @claim("the MLPs push in the right direction mainly at the last positions", "Figure 16", 16)
 def claim_mlp_dla(study: Study) -> Finding:
     """Cosine of what each MLP writes, unembedded, with the next vector, [layer][position]. Mean over layers
-    positive at positions 11 to 13 and more than twice that at 2 to 10; partly if positive and larger."""
+    positive at positions 11 to 13 and more than twice that at 2 to 10; partly if positive and larger.
+    """
     cosines = mlp_cosines(study)
     mean = cosines.mean(0)
     late = mean[-3:].mean()
@@ -1324,7 +1439,8 @@ def claim_mlp_dla(study: Study) -> Finding:
         "positions 11 to 13": late,
         "positions 2 to 10": early,
         "dot product (the paper's)": attributions(study, "hook_mlp_out", "paper", "next"),
-        "length of the targets, late / early": length[-3:].mean() / length[FIRST_POSITION:-3].mean(),
+        "length of the targets, late / early": length[-3:].mean()
+        / length[FIRST_POSITION:-3].mean(),
     }
     mainly = mean[-3:].min() > 0 and late > 2 * early
     return Finding(cosines, verdict(mainly, late > max(early, 0)), values)
@@ -1353,7 +1469,8 @@ def figure_mlp_attribution(study: Study):
 def claim_alpha(study: Study) -> Finding:
     """Least squares of the residual stream after layer 0, unembedded with ln_final, on a_n + alpha a_{n-1},
     positions 2 to 13. alpha within 2.1 to 2.5, R^2 at least 0.5, and a_n really there: read through W_E^+, by
-    a factor between 0.5 and 1.5. Partly if, both free, that of a_{n-1} is positive and R^2 at least 0.5."""
+    a factor between 0.5 and 1.5. Partly if, both free, that of a_{n-1} is positive and R^2 at least 0.5.
+    """
     truth, a_n, before = neighbours(study.population.a)
     hook = "blocks.0.hook_resid_post"
     unembedded = lens(study, hook, own_scale=True)[:, FIRST_POSITION:]
@@ -1396,7 +1513,9 @@ def figure_estimate(study: Study):
     axes.plot(positions, a[2:], marker="o", ms=4, color=TRUTH, label="the truth")
     axes.plot(positions, after, marker=".", color=LAYERS[0], label="after layer 0, unembedded")
     axes.plot(positions, before, marker=".", color=GREY, label="before layer 0, unembedded")
-    axes.plot(positions, conjecture, marker=".", color=PAPERS, label="the paper: $a_n + 2.3\\,a_{n-1}$")
+    axes.plot(
+        positions, conjecture, marker=".", color=PAPERS, label="the paper: $a_n + 2.3\\,a_{n-1}$"
+    )
     axes.axhline(0, color="0.9", zorder=0)
     title = "ln_final gives every unembedded vector nearly the same length: compare shapes"
     axes.set(title=title, xlabel="position n", ylabel="component")
@@ -1409,8 +1528,11 @@ def plain(value):
     """Tensors and nested containers as JSON has them, numbers to four significant digits, null for those that
     are not finite."""
     text = json.dumps(value, default=lambda tensor: tensor.tolist())
-    return json.loads(text, parse_float=lambda number: float(f"{float(number):.4g}"),
-                      parse_constant=lambda name: None)
+    return json.loads(
+        text,
+        parse_float=lambda number: float(f"{float(number):.4g}"),
+        parse_constant=lambda name: None,
+    )
 
 
 def short(value) -> str:
@@ -1455,7 +1577,9 @@ def markdown(catalogue: Catalogue, results: dict) -> str:
 
     about = [f"{key}: {value}  " for key, value in results["meta"].items()]
     rows = table(["claim", "paper", "measured", "95% interval", "verdict"], rows)
-    return "\n".join(["# Claims\n", *about, "", *rows, *details, "\n## Others\n", *pictures.values(), ""])
+    return "\n".join(
+        ["# Claims\n", *about, "", *rows, *details, "\n## Others\n", *pictures.values(), ""]
+    )
 
 
 def to_png(draw: Callable[[], Figure]) -> bytes:
@@ -1472,26 +1596,35 @@ def measure(entry: Entry, study: Study) -> dict:
     found = entry.function(study)
     if not np.isfinite(np.array(plain(found.measured), dtype=float)).all():
         raise FloatingPointError("what it measures is not finite")
-    return plain({
-        "claim": entry.text,
-        "paper": entry.paper,
-        "measured": found.measured,
-        "interval": found.interval,
-        "values": found.values,
-        "verdict": found.verdict,
-        "why": " ".join((entry.function.__doc__ or "").split()),
-        "untrained": entry.function(study.untrained).verdict,
-    })
+    return plain(
+        {
+            "claim": entry.text,
+            "paper": entry.paper,
+            "measured": found.measured,
+            "interval": found.interval,
+            "values": found.values,
+            "verdict": found.verdict,
+            "why": " ".join((entry.function.__doc__ or "").split()),
+            "untrained": entry.function(study.untrained).verdict,
+        }
+    )
 
 
 # ---------- The command ----------
-UNMEASURABLE = (torch.linalg.LinAlgError, FloatingPointError)  # a singular matrix, a number that is none
+UNMEASURABLE = (
+    torch.linalg.LinAlgError,
+    FloatingPointError,
+)  # a singular matrix, a number that is none
 
 
 def analyse(catalogue: Catalogue, study: Study, out: str, wanted: list[int], name: str):
     """Draw the figures `wanted` into `out`; for none all, and measure every claim, with the reports NAME.json
-    and NAME.md. Says in a line each what has no meaning for this run and what cannot be measured on it."""
-    jobs = [("figure", number, catalogue.figures[number]) for number in sorted(wanted or catalogue.figures)]
+    and NAME.md. Says in a line each what has no meaning for this run and what cannot be measured on it.
+    """
+    jobs = [
+        ("figure", number, catalogue.figures[number])
+        for number in sorted(wanted or catalogue.figures)
+    ]
     if not wanted:
         jobs += [("claim", key, entry) for key, entry in catalogue.claims.items()]
     os.makedirs(out, exist_ok=True)
@@ -1503,7 +1636,9 @@ def analyse(catalogue: Catalogue, study: Study, out: str, wanted: list[int], nam
         if done:
             rate = done / (time.perf_counter() - start)
             left = (len(jobs) - done) / rate
-            progress(f"{done / len(jobs):4.0%} {kind} {key} ({rate:.1f} a second, {left:.0f} s left)")
+            progress(
+                f"{done / len(jobs):4.0%} {kind} {key} ({rate:.1f} a second, {left:.0f} s left)"
+            )
         if entry.layers > len(study.layers):
             left_out.append(f"{kind} {key}")
             continue
@@ -1541,12 +1676,22 @@ def run_command(catalogue: Catalogue, doc: str, name: str, default_out: str):
     """The command line of a catalogue: parse, open the run, write figures and the reports NAME.json, .md."""
     parser = command_line(doc)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--all", action="store_true", help=f"every figure and claim, {name}.json and {name}.md")
-    what.add_argument("--fig", type=int, action="append", metavar="N", help="figure N; also several times")
+    what.add_argument(
+        "--all", action="store_true", help=f"every figure and claim, {name}.json and {name}.md"
+    )
+    what.add_argument(
+        "--fig", type=int, action="append", metavar="N", help="figure N; also several times"
+    )
     what.add_argument("--list", action="store_true", help="list the figures and claims")
-    parser.add_argument("--run", metavar="DIR", help="run folder with weights.pt and log.csv (default: weights)")
-    parser.add_argument("--step", type=int, metavar="N", help="the weights that the run kept at step N")
-    parser.add_argument("--out", metavar="DIR", help="where to write (default: figures, or figures in --run)")
+    parser.add_argument(
+        "--run", metavar="DIR", help="run folder with weights.pt and log.csv (default: weights)"
+    )
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="the weights that the run kept at step N"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="where to write (default: figures, or figures in --run)"
+    )
     given = vars(parser.parse_args())
 
     wanted = given.get("fig", [])

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-D_VOCAB = 40  # dim(a_n): the paper keeps the name from token models, although there is no vocabulary
+D_VOCAB = (
+    40  # dim(a_n): the paper keeps the name from token models, although there is no vocabulary
+)
 N_CTX = 32  # positions the model has embeddings for
 MIN_LENGTH, MAX_LENGTH = 3, 14  # inputs in a training sequence, both ends included
 FIRST_POSITION = 2  # output position 2 predicts a_3, the first vector that its inputs determine
@@ -42,7 +44,9 @@ class Sample(NamedTuple):
 
 
 # ---------- Drawing sequences ----------
-def uniform(generator: torch.Generator, low: float, high: float, *shape: int, dtype=torch.float32) -> Tensor:
+def uniform(
+    generator: torch.Generator, low: float, high: float, *shape: int, dtype=torch.float32
+) -> Tensor:
     """Numbers from U[low, high], on the generator's device."""
     drawn = torch.rand(*shape, generator=generator, device=generator.device, dtype=dtype)
     return low + (high - low) * drawn
@@ -65,7 +69,9 @@ def draw_affine(draw: Callable, batch: int, length: int, d_vocab: int, c_range: 
     # Solved in closed form, without a loop over k: a_k = c^k a_0 + (1 + c + ... + c^{k-1}) d.
     powers = c[:, None] ** torch.arange(length + 1, device=c.device)  # [batch, length + 1]
     sums = powers.cumsum(1) - powers
-    a = powers[..., None] * a_0[:, None] + sums[..., None] * d[:, None]  # [batch, length + 1, d_vocab]
+    a = (
+        powers[..., None] * a_0[:, None] + sums[..., None] * d[:, None]
+    )  # [batch, length + 1, d_vocab]
     a, scale = normalise(a, r)
     return Sample(a, c, d * scale[:, None])
 
@@ -105,19 +111,29 @@ class Task:
         return range(shortest, MAX_LENGTH + 1)
 
 
-TASKS = {"affine": Task(FIRST_POSITION, draw_affine, solve_recurrence)}  # beyond/recurrences.py adds others
+TASKS = {
+    "affine": Task(FIRST_POSITION, draw_affine, solve_recurrence)
+}  # beyond/recurrences.py adds others
 
 
 def find_task(name: str) -> Task:
     """The entry of TASKS. ValueError if there is none."""
     if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, not {name!r}; beyond.recurrences has others")
+        raise ValueError(
+            f"task must be one of {', '.join(TASKS)}, not {name!r}; beyond.recurrences has others"
+        )
     return TASKS[name]
 
 
-def sample(batch: int, length: int, generator: torch.Generator, d_vocab: int = D_VOCAB,
-           c_range: tuple[float, float] = (-2.0, 2.0), task: str = "affine",
-           dtype: torch.dtype = torch.float32) -> Sample:
+def sample(
+    batch: int,
+    length: int,
+    generator: torch.Generator,
+    d_vocab: int = D_VOCAB,
+    c_range: tuple[float, float] = (-2.0, 2.0),
+    task: str = "affine",
+    dtype: torch.dtype = torch.float32,
+) -> Sample:
     """Draw `batch` sequences with `length` inputs each, on the generator's device (section 3.1).
 
     c ~ U[c_range] is one scalar per sequence; a_0 and d ~ U[-2, 2]^d_vocab. All vectors and d are then
@@ -130,21 +146,30 @@ def sample(batch: int, length: int, generator: torch.Generator, d_vocab: int = D
     kind = find_task(task)
     needed = kind.first + 1  # vectors that determine the next one
     if not needed <= length <= N_CTX:
-        raise ValueError(f"the length of {task} must be between {needed} and n_ctx = {N_CTX}, not {length}")
+        raise ValueError(
+            f"the length of {task} must be between {needed} and n_ctx = {N_CTX}, not {length}"
+        )
     if batch < 1 or d_vocab < 1:
         raise ValueError(f"batch and d_vocab must be at least 1, not {batch} and {d_vocab}")
 
     # The sum of the squares of a_length, about 1e5 c^(2 length), must not overflow.
     most = (torch.finfo(dtype).max / 1e6) ** (0.5 / length)
     if not all(abs(c) < most for c in c_range):
-        raise ValueError(f"|c| must be below {most:.3g} with {length} inputs in {dtype}, not in {c_range}")
+        raise ValueError(
+            f"|c| must be below {most:.3g} with {length} inputs in {dtype}, not in {c_range}"
+        )
     draw = partial(uniform, generator, dtype=dtype)
     return kind.draw(draw, batch, length, d_vocab, c_range)
 
 
 # ---------- The evaluation set and the error ----------
-def held_out(per_length: int, seed: int = HELD_OUT_SEED, device: torch.device | str = "cpu",
-             d_vocab: int = D_VOCAB, task: str = "affine") -> list[Sample]:
+def held_out(
+    per_length: int,
+    seed: int = HELD_OUT_SEED,
+    device: torch.device | str = "cpu",
+    d_vocab: int = D_VOCAB,
+    task: str = "affine",
+) -> list[Sample]:
     """A fixed evaluation set from the training distribution: `per_length` sequences of each length, 3 .. 14.
 
     It is drawn on the CPU whatever the device, so that every machine measures on the same sequences.
@@ -166,7 +191,9 @@ def mse(prediction: Tensor, target: Tensor, first: int = FIRST_POSITION) -> Tens
     """
     if prediction.shape != target.shape or prediction.shape[-2] <= first:
         shapes = f"{list(prediction.shape)} and {list(target.shape)}"
-        raise ValueError(f"prediction and target must have one shape with > {first} positions, not {shapes}")
+        raise ValueError(
+            f"prediction and target must have one shape with > {first} positions, not {shapes}"
+        )
     return F.mse_loss(prediction[..., first:, :], target[..., first:, :])
 
 

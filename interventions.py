@@ -92,8 +92,9 @@ def zero_outputs(model: Transformer) -> dict[str, Tensor]:
     return zeros
 
 
-def replace_outputs(values: dict[str, Tensor], heads: Iterable[Head] = (),
-                    mlps: Iterable[int] = ()) -> dict[str, Hook]:
+def replace_outputs(
+    values: dict[str, Tensor], heads: Iterable[Head] = (), mlps: Iterable[int] = ()
+) -> dict[str, Hook]:
     """Hooks that replace the outputs of `heads` and of the MLPs of layers `mlps` by `values`.
 
     values: {hook name: tensor that broadcasts to that activation}. From `zero_outputs` this is zero ablation,
@@ -106,7 +107,9 @@ def replace_outputs(values: dict[str, Tensor], heads: Iterable[Head] = (),
         by_layer.setdefault(layer, []).append(head)
 
     def swap_heads(new: Tensor, chosen: list[int]) -> Hook:
-        def swap(z: Tensor) -> Tensor:  # [batch, pos, n_heads, d_head], a copy that may be written into
+        def swap(
+            z: Tensor,
+        ) -> Tensor:  # [batch, pos, n_heads, d_head], a copy that may be written into
             z[:, :, chosen] = broadcast(new, z)[:, :, chosen]
             return z
 
@@ -145,7 +148,9 @@ def patch_positions(values: dict[str, Tensor], positions: Iterable[int]) -> dict
     positions = as_lists(positions)
     for name, new in values.items():
         if name.endswith(("hook_attn_scores", "hook_pattern")):
-            raise ValueError(f"{name} is [batch, head, dest, src]: only [batch, pos, ...] has positions")
+            raise ValueError(
+                f"{name} is [batch, head, dest, src]: only [batch, pos, ...] has positions"
+            )
         if not positions or min(positions) < 0 or max(positions) >= new.shape[1]:
             raise ValueError(f"positions must be some of 0 to {new.shape[1] - 1}, not {positions}")
 
@@ -160,9 +165,12 @@ def patch_positions(values: dict[str, Tensor], positions: Iterable[int]) -> dict
 
 
 @torch.no_grad()
-def replace_qk(model: Transformer, layer: int, heads: Iterable[int], W_Q: Tensor, W_K: Tensor) -> Transformer:
+def replace_qk(
+    model: Transformer, layer: int, heads: Iterable[int], W_Q: Tensor, W_K: Tensor
+) -> Transformer:
     """A copy of the model in which `heads` of `layer` have other W_Q and W_K, each [len(heads), d_model,
-    d_head], and no b_Q and b_K, which mean nothing in other coordinates. W_Q = W_K = 0: uniform attention."""
+    d_head], and no b_Q and b_K, which mean nothing in other coordinates. W_Q = W_K = 0: uniform attention.
+    """
     changed = copy.deepcopy(model)
     attn = changed.blocks[layer].attn
     heads = as_lists(heads)
@@ -180,8 +188,9 @@ def random_matrices(model: Transformer, heads: list[int], generator: torch.Gener
 
 
 @torch.no_grad()
-def pseudoinverse_qk(model: Transformer, layer: int, heads: Iterable[int],
-                     generator: torch.Generator) -> Transformer:
+def pseudoinverse_qk(
+    model: Transformer, layer: int, heads: Iterable[int], generator: torch.Generator
+) -> Transformer:
     """The paper's test of QK = I (section 4.6): W_Q is random, W_K^T its Moore-Penrose pseudoinverse.
 
     W_Q W_K^T is then the orthogonal projection onto a random d_head-dimensional subspace of R^d_model, the
@@ -194,8 +203,9 @@ def pseudoinverse_qk(model: Transformer, layer: int, heads: Iterable[int],
 
 
 @torch.no_grad()
-def random_qk(model: Transformer, layer: int, heads: Iterable[int],
-              generator: torch.Generator) -> Transformer:
+def random_qk(
+    model: Transformer, layer: int, heads: Iterable[int], generator: torch.Generator
+) -> Transformer:
     """The control to `pseudoinverse_qk`: W_Q and W_K independent and random, their product as large
     (Frobenius) as the trained one."""
     heads = as_lists(heads)

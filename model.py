@@ -90,7 +90,9 @@ class Hooks:
     something to show, a LayerNorm's scale and each head's output, is only made where somebody `watches`.
     """
 
-    def __init__(self, hooks: dict[str, Callable] | None, cache: dict[str, Tensor] | None, names: list[str]):
+    def __init__(
+        self, hooks: dict[str, Callable] | None, cache: dict[str, Tensor] | None, names: list[str]
+    ):
         self.hooks = hooks or {}
         self.cache = cache
         for name in self.hooks:
@@ -105,7 +107,9 @@ class Hooks:
         if name in self.hooks:
             new = self.hooks[name](value.clone())
             if describe(new) != describe(value):
-                raise ValueError(f"the hook at {name} must return {describe(value)}, not {describe(new)}")
+                raise ValueError(
+                    f"the hook at {name} must return {describe(value)}, not {describe(new)}"
+                )
             value = new
 
         if self.cache is not None:
@@ -248,7 +252,8 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """Maps vectors to the next one at each position. Weight matrices start as N(0, initializer_range), drawn
-    from `generator` (torch's default one if None), biases as 0. `hook_names`: all hook points, in order."""
+    from `generator` (torch's default one if None), biases as 0. `hook_names`: all hook points, in order.
+    """
 
     hook_names: list[str] = []
     sha256: str | None = None  # of the file that `load_weights` read
@@ -287,8 +292,12 @@ class Transformer(nn.Module):
             wanted = f"{weight.dtype} on {weight.device}, as the weights are"
             raise ValueError(f"{name} must be {wanted}, not {value.dtype} on {value.device}")
 
-    def forward(self, x: Tensor, hooks: dict[str, Callable] | None = None,
-                cache: dict[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        hooks: dict[str, Callable] | None = None,
+        cache: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """Predict a_1 .. a_n from x = a_0 .. a_{n-1}: [batch, pos, d_vocab] -> [batch, pos, d_vocab].
 
         hooks: {hook name: fn}; fn(activation) returns what takes its place, a tensor like it. Two hook dicts
@@ -306,11 +315,17 @@ class Transformer(nn.Module):
         pos_embed = at("hook_pos_embed", pos_embed)  # [batch, pos, d_model]
         return self.run_from(0, embed + pos_embed, hooks, cache)
 
-    def run_from(self, layer: int, resid: Tensor, hooks: dict[str, Callable] | None = None,
-                 cache: dict[str, Tensor] | None = None) -> Tensor:
+    def run_from(
+        self,
+        layer: int,
+        resid: Tensor,
+        hooks: dict[str, Callable] | None = None,
+        cache: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """The rest of the forward pass, from blocks.{layer}.hook_resid_pre on: resid [batch, pos, d_model] ->
         [batch, pos, d_vocab]; with layer = n_layers only ln_final and the unembedding, the logit lens. Hooks
-        before `layer` do nothing. ValueError for a layer outside 0 .. n_layers, else as `forward`."""
+        before `layer` do nothing. ValueError for a layer outside 0 .. n_layers, else as `forward`.
+        """
         self.check("resid", resid, "d_model")
         n_layers = self.config.n_layers
         if not 0 <= layer <= n_layers:
@@ -421,7 +436,8 @@ def check_settings(settings):
 
 def save(value, path: str):
     """Write bytes, text, a .json or what torch.save takes (.pt) to `path`, whole or not at all, whoever else
-    writes it. OSError, with the path, if it cannot be written; ValueError for a .json with a NaN in it."""
+    writes it. OSError, with the path, if it cannot be written; ValueError for a .json with a NaN in it.
+    """
     if path.endswith(".pt"):
         buffer = io.BytesIO()  # in memory: torch's own writer does not name the file on a full disk
         torch.save(value, buffer)
@@ -443,7 +459,8 @@ def save(value, path: str):
 
 def load_file(path: str, what: str) -> tuple[dict, str]:
     """The dict in a .json file or one of torch.save, tensors on the CPU, and the sha256 of the bytes read;
-    `what` names the file in messages. FileNotFoundError if there is none, ValueError if it is damaged."""
+    `what` names the file in messages. FileNotFoundError if there is none, ValueError if it is damaged.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no {what} at {path}")
     try:
@@ -453,8 +470,12 @@ def load_file(path: str, what: str) -> tuple[dict, str]:
             value = json.loads(content)
         else:
             value = torch.load(io.BytesIO(content), "cpu", weights_only=True)
-    except Exception as error:  # torch.load has no common type for what a damaged file makes it raise
-        message = f"{path} is damaged or is no {what} as train.py writes it ({type(error).__name__})"
+    except (
+        Exception
+    ) as error:  # torch.load has no common type for what a damaged file makes it raise
+        message = (
+            f"{path} is damaged or is no {what} as train.py writes it ({type(error).__name__})"
+        )
         raise ValueError(message) from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is no {what}: it holds a {type(value).__name__}, not a dict")
@@ -475,7 +496,8 @@ def settings_beside(path: str) -> dict:
 
 def plain_names(state: dict) -> dict:
     """A state dict without the prefixes of torch.compile and DDP and the constants of TransformerLens 2.x.
-    ValueError for a mask that lets a position see the future: the same names, but another function."""
+    ValueError for a mask that lets a position see the future: the same names, but another function.
+    """
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(str(name).startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -507,7 +529,9 @@ def load_weights(path: str) -> Transformer:
     settings = settings_beside(path)
     for name, ours in TRANSFORMER_LENS.items():
         if settings.get(name, ours) != ours:
-            raise ValueError(f"config.json says {name} {settings[name]!r}: here it is always {ours!r}")
+            raise ValueError(
+                f"config.json says {name} {settings[name]!r}: here it is always {ours!r}"
+            )
     config = Config(**{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
     check_settings(config)
 
@@ -516,7 +540,9 @@ def load_weights(path: str) -> Transformer:
         model.load_state_dict(plain_names(state))
     except (RuntimeError, TypeError, AttributeError) as error:
         trouble = textwrap.shorten(str(error).split("\n\t", 1)[-1], 150)
-        raise ValueError(f"{path} is of another model than its config.json says: {trouble}") from error
+        raise ValueError(
+            f"{path} is of another model than its config.json says: {trouble}"
+        ) from error
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
             raise ValueError(f"{path} holds values in {name} that are not finite")

@@ -37,7 +37,9 @@ torch.set_num_threads(1)  # programs with two threads each slow one another ten 
 os.environ["OMP_NUM_THREADS"] = "1"  # in those that the tests start too
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHIPPED = os.path.join(HERE, "weights")
-BEYOND = os.path.exists(os.path.join(HERE, "beyond", "test_beyond.py"))  # that folder may be deleted
+BEYOND = os.path.exists(
+    os.path.join(HERE, "beyond", "test_beyond.py")
+)  # that folder may be deleted
 SMALL = model.Config(d_vocab=5, d_model=12, d_head=4, d_mlp=20, n_heads=3, n_layers=2, n_ctx=8)
 SMALL_TASK = dataclasses.replace(SMALL, d_vocab=40, n_ctx=32)  # the task's dimensions
 
@@ -50,12 +52,19 @@ def random_model(config: model.Config = SMALL, dtype=torch.float64) -> model.Tra
     """A model in which no bias is 0 and no LayerNorm is the identity, as after training."""
     transformer = model.Transformer(config, seeded()).to(dtype).requires_grad_(False)
     for parameter in transformer.parameters():
-        parameter += 0.3 * torch.randn(parameter.shape, generator=seeded(parameter.numel()), dtype=dtype)
+        parameter += 0.3 * torch.randn(
+            parameter.shape, generator=seeded(parameter.numel()), dtype=dtype
+        )
     return transformer
 
 
-def random_input(config: model.Config = SMALL, batch: int = 4, positions: int = 6, dtype=torch.float64,
-                 seed: int = 1) -> torch.Tensor:
+def random_input(
+    config: model.Config = SMALL,
+    batch: int = 4,
+    positions: int = 6,
+    dtype=torch.float64,
+    seed: int = 1,
+) -> torch.Tensor:
     return torch.randn(batch, positions, config.d_vocab, generator=seeded(seed), dtype=dtype)
 
 
@@ -79,36 +88,62 @@ def reference(state: dict, x: torch.Tensor, config: model.Config, edit: dict) ->
     outputs = []
     for vectors in x:
         n = len(vectors)
-        v = at("hook_embed", vectors @ state["embed.W_E"]) + at("hook_pos_embed",
-                                                                state["pos_embed.W_pos"][:n])
+        v = at("hook_embed", vectors @ state["embed.W_E"]) + at(
+            "hook_pos_embed", state["pos_embed.W_pos"][:n]
+        )
         for l in range(config.n_layers):
             block = f"blocks.{l}"
-            p = {name: state[f"{block}.attn.{name}"]
-                 for name in ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")}
+            p = {
+                name: state[f"{block}.attn.{name}"]
+                for name in ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")
+            }
             v = at(f"{block}.hook_resid_pre", v)
             u = layer_norm(f"{block}.ln1", v)
-            q, k, value = (at(f"{block}.attn.hook_{s.lower()}",
-                              torch.stack([u @ p[f"W_{s}"][h] + p[f"b_{s}"][h]
-                                           for h in range(config.n_heads)], 1)) for s in "QKV")
+            q, k, value = (
+                at(
+                    f"{block}.attn.hook_{s.lower()}",
+                    torch.stack(
+                        [u @ p[f"W_{s}"][h] + p[f"b_{s}"][h] for h in range(config.n_heads)], 1
+                    ),
+                )
+                for s in "QKV"
+            )
             scores = torch.full((config.n_heads, n, n), -torch.inf, dtype=x.dtype)
             for h in range(config.n_heads):
                 for d in range(n):
                     for s in range(d + 1):
                         scores[h, d, s] = q[d, h] @ k[s, h] / config.d_head**0.5
             scores = at(f"{block}.attn.hook_attn_scores", scores)
-            pattern = at(f"{block}.attn.hook_pattern", scores.exp() / scores.exp().sum(-1, keepdim=True))
-            z = at(f"{block}.attn.hook_z",
-                   torch.stack([pattern[h] @ value[:, h] for h in range(config.n_heads)], 1))
-            result = at(f"{block}.attn.hook_result",
-                        torch.stack([z[:, h] @ p["W_O"][h] for h in range(config.n_heads)], 1))
-            v = at(f"{block}.hook_resid_mid", v + at(f"{block}.hook_attn_out", result.sum(1) + p["b_O"]))
-            pre = at(f"{block}.mlp.hook_pre", layer_norm(f"{block}.ln2", v) @ state[f"{block}.mlp.W_in"]
-                     + state[f"{block}.mlp.b_in"])
+            pattern = at(
+                f"{block}.attn.hook_pattern", scores.exp() / scores.exp().sum(-1, keepdim=True)
+            )
+            z = at(
+                f"{block}.attn.hook_z",
+                torch.stack([pattern[h] @ value[:, h] for h in range(config.n_heads)], 1),
+            )
+            result = at(
+                f"{block}.attn.hook_result",
+                torch.stack([z[:, h] @ p["W_O"][h] for h in range(config.n_heads)], 1),
+            )
+            v = at(
+                f"{block}.hook_resid_mid",
+                v + at(f"{block}.hook_attn_out", result.sum(1) + p["b_O"]),
+            )
+            pre = at(
+                f"{block}.mlp.hook_pre",
+                layer_norm(f"{block}.ln2", v) @ state[f"{block}.mlp.W_in"]
+                + state[f"{block}.mlp.b_in"],
+            )
             act = {"relu": lambda u: u.clamp(min=0), "gelu_new": gelu_new}[config.act_fn]
             post = at(f"{block}.mlp.hook_post", act(pre))
-            v = at(f"{block}.hook_resid_post",
-                   v + at(f"{block}.hook_mlp_out",
-                          post @ state[f"{block}.mlp.W_out"] + state[f"{block}.mlp.b_out"]))
+            v = at(
+                f"{block}.hook_resid_post",
+                v
+                + at(
+                    f"{block}.hook_mlp_out",
+                    post @ state[f"{block}.mlp.W_out"] + state[f"{block}.mlp.b_out"],
+                ),
+            )
         outputs.append(layer_norm("ln_final", v) @ state["unembed.W_U"] + state["unembed.b_U"])
     return torch.stack(outputs)
 
@@ -116,14 +151,19 @@ def reference(state: dict, x: torch.Tensor, config: model.Config, edit: dict) ->
 def command(main, *arguments: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of a command line, without a new process."""
     out, err = io.StringIO(), io.StringIO()
-    with (mock.patch.object(sys, "argv", ["program.py", *arguments]),
-          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+    with (
+        mock.patch.object(sys, "argv", ["program.py", *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         try:
             main()
             status = 0
         except SystemExit as stop:
             status = stop.code
-            if isinstance(status, str):  # what Python does with a message: print it, and exit with 1
+            if isinstance(
+                status, str
+            ):  # what Python does with a message: print it, and exit with 1
                 print(status, file=sys.stderr)
                 status = 1
     return status or 0, out.getvalue(), err.getvalue()
@@ -154,11 +194,15 @@ class TestCase(unittest.TestCase):
         self.assertIn(says, err)
 
 
-
 class Data(TestCase):
     def test_affine_sequences_are_the_same_numbers_as_ever(self):
         g, uniform = seeded(7), lambda *shape: 4 * torch.rand(*shape, generator=g) - 2
-        c, a_0, d, r = uniform(50), uniform(50, 40), uniform(50, 40), 1 + torch.rand(50, generator=g)
+        c, a_0, d, r = (
+            uniform(50),
+            uniform(50, 40),
+            uniform(50, 40),
+            1 + torch.rand(50, generator=g),
+        )
         powers = c[:, None] ** torch.arange(15)
         a = powers[..., None] * a_0[:, None] + (powers.cumsum(1) - powers)[..., None] * d[:, None]
         scale = r / a[:, :-1].norm(dim=-1).amax(1)
@@ -199,7 +243,9 @@ class Data(TestCase):
         self.assertEqual(data.mse(wrong, target).item(), 0)
         wrong[:, 2] += 3.0  # a_3: one of three positions
         self.assertAlmostEqual(data.mse(wrong, target).item(), 3.0, places=5)
-        self.assertClose(analyze.squared_errors(wrong, target).mean(), data.mse(wrong, target), 1e-5)
+        self.assertClose(
+            analyze.squared_errors(wrong, target).mean(), data.mse(wrong, target), 1e-5
+        )
         with self.assertRaises(ValueError):
             data.mse(target[:, :2], target[:, :2])
         wrong[:, 2] += 3.0
@@ -224,11 +270,16 @@ class Model(TestCase):
             with self.subTest(name):
                 # Uneven over the last dimension, since a LayerNorm would not notice a constant; -inf stays
                 # -inf.
-                change = {name: lambda value: (1.2 * value + 0.1
-                                               * torch.linspace(1, 2, value.shape[-1], dtype=value.dtype))}
+                change = {
+                    name: lambda value: (
+                        1.2 * value + 0.1 * torch.linspace(1, 2, value.shape[-1], dtype=value.dtype)
+                    )
+                }
                 cache, before = {}, {}
                 changed = transformer(x, hooks=change)
-                self.assertClose(changed, reference(transformer.state_dict(), x, SMALL, change), 1e-9)
+                self.assertClose(
+                    changed, reference(transformer.state_dict(), x, SMALL, change), 1e-9
+                )
                 self.assertGreater((changed - plain).abs().max(), 1e-4)
                 self.assertClose(transformer(x, hooks=change, cache=cache), changed, 1e-10)
                 transformer(x, cache=before)
@@ -241,30 +292,56 @@ class Model(TestCase):
         transformer(random_input(), cache=cache)
         self.assertEqual(sorted(cache), sorted(transformer.hook_names))
         b, p, h, d, e, m = 4, 6, SMALL.n_heads, SMALL.d_model, SMALL.d_head, SMALL.d_mlp
-        shapes = {"hook_embed": (b, p, d), "hook_pos_embed": (b, p, d), "blocks.1.hook_resid_pre": (b, p, d),
-                  "blocks.1.ln1.hook_scale": (b, p, 1), "blocks.1.ln1.hook_normalized": (b, p, d)}
-        shapes |= {f"blocks.1.attn.hook_{n}": (b, p, h, e)
-                   for n in "qkvz"} | {f"blocks.1.attn.hook_{n}": (b, h, p, p)
-                                       for n in ("attn_scores", "pattern")}
-        shapes |= {"blocks.1.attn.hook_result": (b, p, h, d), "blocks.1.hook_attn_out": (b, p, d),
-                   "blocks.1.hook_resid_mid": (b, p, d), "blocks.1.mlp.hook_pre": (b, p, m),
-                   "blocks.1.mlp.hook_post": (b, p, m)}
-        shapes |= {"blocks.1.hook_mlp_out": (b, p, d), "blocks.1.hook_resid_post": (b, p, d),
-                   "ln_final.hook_scale": (b, p, 1), "ln_final.hook_normalized": (b, p, d)}
+        shapes = {
+            "hook_embed": (b, p, d),
+            "hook_pos_embed": (b, p, d),
+            "blocks.1.hook_resid_pre": (b, p, d),
+            "blocks.1.ln1.hook_scale": (b, p, 1),
+            "blocks.1.ln1.hook_normalized": (b, p, d),
+        }
+        shapes |= {f"blocks.1.attn.hook_{n}": (b, p, h, e) for n in "qkvz"} | {
+            f"blocks.1.attn.hook_{n}": (b, h, p, p) for n in ("attn_scores", "pattern")
+        }
+        shapes |= {
+            "blocks.1.attn.hook_result": (b, p, h, d),
+            "blocks.1.hook_attn_out": (b, p, d),
+            "blocks.1.hook_resid_mid": (b, p, d),
+            "blocks.1.mlp.hook_pre": (b, p, m),
+            "blocks.1.mlp.hook_post": (b, p, m),
+        }
+        shapes |= {
+            "blocks.1.hook_mlp_out": (b, p, d),
+            "blocks.1.hook_resid_post": (b, p, d),
+            "ln_final.hook_scale": (b, p, 1),
+            "ln_final.hook_normalized": (b, p, d),
+        }
         self.assertEqual({name: tuple(cache[name].shape) for name in shapes}, shapes)
 
     def test_parameters_have_transformer_lens_names_and_shapes(self):
-        shapes = {name: tuple(value.shape)
-                  for name, value in model.Transformer(generator=seeded()).state_dict().items()}
-        expected = {"embed.W_E": (40, 128), "pos_embed.W_pos": (32, 128), "ln_final.w": (128,),
-                    "ln_final.b": (128,), "unembed.W_U": (128, 40), "unembed.b_U": (40,)}
+        shapes = {
+            name: tuple(value.shape)
+            for name, value in model.Transformer(generator=seeded()).state_dict().items()
+        }
+        expected = {
+            "embed.W_E": (40, 128),
+            "pos_embed.W_pos": (32, 128),
+            "ln_final.w": (128,),
+            "ln_final.b": (128,),
+            "unembed.W_U": (128, 40),
+            "unembed.b_U": (40,),
+        }
         for l in range(3):
             expected |= {f"blocks.{l}.{ln}.{p}": (128,) for ln in ("ln1", "ln2") for p in "wb"}
-            expected |= {f"blocks.{l}.attn.W_{n}": (8, 128, 64)
-                         for n in "QKV"} | {f"blocks.{l}.attn.b_{n}": (8, 64) for n in "QKV"}
+            expected |= {f"blocks.{l}.attn.W_{n}": (8, 128, 64) for n in "QKV"} | {
+                f"blocks.{l}.attn.b_{n}": (8, 64) for n in "QKV"
+            }
             expected |= {f"blocks.{l}.attn.W_O": (8, 64, 128), f"blocks.{l}.attn.b_O": (128,)}
-            expected |= {f"blocks.{l}.mlp.W_in": (128, 3072), f"blocks.{l}.mlp.b_in": (3072,),
-                         f"blocks.{l}.mlp.W_out": (3072, 128), f"blocks.{l}.mlp.b_out": (128,)}
+            expected |= {
+                f"blocks.{l}.mlp.W_in": (128, 3072),
+                f"blocks.{l}.mlp.b_in": (3072,),
+                f"blocks.{l}.mlp.W_out": (3072, 128),
+                f"blocks.{l}.mlp.b_out": (128,),
+            }
         self.assertEqual(shapes, expected)
 
     def test_initial_weights_have_the_standard_deviation_of_the_specification(self):
@@ -282,28 +359,37 @@ class Model(TestCase):
         changed = x.clone()
         changed[:, 4] += 1
         for cache in (None, {}):
-            self.assertClose(transformer(changed, cache=cache)[:, :4], transformer(x, cache=cache)[:, :4],
-                             1e-12)
+            self.assertClose(
+                transformer(changed, cache=cache)[:, :4], transformer(x, cache=cache)[:, :4], 1e-12
+            )
             self.assertGreater((transformer(changed) - transformer(x))[:, 4].abs().max(), 1e-3)
 
     def test_a_pass_can_start_at_any_layer(self):
         transformer, x, cache = random_model(), random_input(), {}
         y = transformer(x, cache=cache)
         for layer in range(SMALL.n_layers):
-            self.assertClose(transformer.run_from(layer, cache[f"blocks.{layer}.hook_resid_pre"]), y, 1e-10)
-        self.assertClose(transformer.run_from(SMALL.n_layers, cache["blocks.1.hook_resid_post"]), y, 1e-10)
+            self.assertClose(
+                transformer.run_from(layer, cache[f"blocks.{layer}.hook_resid_pre"]), y, 1e-10
+            )
+        self.assertClose(
+            transformer.run_from(SMALL.n_layers, cache["blocks.1.hook_resid_post"]), y, 1e-10
+        )
         with self.assertRaisesRegex(ValueError, "between 0 and n_layers = 2"):
             transformer.run_from(3, cache["blocks.1.hook_resid_post"])
 
 
 class Folding(TestCase):
     def test_folding_preserves_outputs(self):
-        for config, dtype, tolerance in ((SMALL, torch.float64, 1e-10),
-                                         (model.Config(), torch.float64, 1e-10)):
+        for config, dtype, tolerance in (
+            (SMALL, torch.float64, 1e-10),
+            (model.Config(), torch.float64, 1e-10),
+        ):
             transformer, x = random_model(config, dtype), random_input(config, dtype=dtype)
             self.assertClose(model.fold(transformer)(x), transformer(x), tolerance)
-        shipped, x = (model.load_weights(os.path.join(HERE, "weights", "weights.pt")),
-                      data.sample(50, 14, seeded()).a[:, :-1])
+        shipped, x = (
+            model.load_weights(os.path.join(HERE, "weights", "weights.pt")),
+            data.sample(50, 14, seeded()).a[:, :-1],
+        )
         self.assertClose(model.fold(shipped)(x), shipped(x), 1e-5)
 
     def test_folding_leaves_nothing_to_fold(self):
@@ -326,7 +412,9 @@ class Files(TestCase):
         return folder, os.path.join(folder, "weights.pt")
 
     def test_weights_survive_a_round_trip_bit_for_bit_and_config_json_says_how_they_are_used(self):
-        config, x = dataclasses.replace(SMALL, act_fn="gelu_new", eps=0.1), random_input(dtype=torch.float32)
+        config, x = dataclasses.replace(SMALL, act_fn="gelu_new", eps=0.1), random_input(
+            dtype=torch.float32
+        )
         folder, path = self.run_folder(config)
         transformer = random_model(config, torch.float32)
         os.mkdir(os.path.join(folder, "steps"))
@@ -341,9 +429,11 @@ class Files(TestCase):
         with self.assertRaises(FileNotFoundError):
             model.load_weights(path)
         state = random_model(dtype=torch.float32).state_dict()
-        for change, says in (({"embed.W_E": torch.full((5, 12), torch.nan)}, "not finite"),
-                             ({"embed.W_E": torch.zeros(6, 12)}, "of another model .*size mismatch"),
-                             ({"extra": torch.zeros(1)}, "extra")):
+        for change, says in (
+            ({"embed.W_E": torch.full((5, 12), torch.nan)}, "not finite"),
+            ({"embed.W_E": torch.zeros(6, 12)}, "of another model .*size mismatch"),
+            ({"extra": torch.zeros(1)}, "extra"),
+        ):
             model.save(state | change, path)
             with self.assertRaisesRegex(ValueError, says):
                 model.load_weights(path)
@@ -353,7 +443,10 @@ class Files(TestCase):
             with self.assertRaisesRegex(ValueError, "damaged or is no weights file"):
                 model.load_weights(path)
         model.save(state, path)
-        for config, says in (("garbage", "damaged or is no config"), ('{"n_heads": "x"}', "n_heads must be")):
+        for config, says in (
+            ("garbage", "damaged or is no config"),
+            ('{"n_heads": "x"}', "n_heads must be"),
+        ):
             with open(os.path.join(folder, "config.json"), "w") as f:
                 f.write(config)
             with self.assertRaisesRegex(ValueError, says):
@@ -383,10 +476,15 @@ class Interventions(TestCase):
         over_positions = {name: mean.mean(0) for name, mean in at_each.items()}
         for means, dims in ((at_each, 0), (over_positions, (0, 1))):
             after = {}
-            self.model(self.x, hooks=interventions.replace_outputs(means, [(0, 2)], [0]), cache=after)
+            self.model(
+                self.x, hooks=interventions.replace_outputs(means, [(0, 2)], [0]), cache=after
+            )
             z = self.cache["blocks.0.attn.hook_z"]
-            self.assertClose(after["blocks.0.attn.hook_z"][:, :, 2],
-                             z.mean(dims)[..., 2, :].expand_as(z[:, :, 2]), 1e-12)
+            self.assertClose(
+                after["blocks.0.attn.hook_z"][:, :, 2],
+                z.mean(dims)[..., 2, :].expand_as(z[:, :, 2]),
+                1e-12,
+            )
             self.assertTrue(torch.equal(after["blocks.0.attn.hook_z"][:, :, :2], z[:, :, :2]))
             mlp = self.cache["blocks.0.hook_mlp_out"]
             self.assertClose(after["blocks.0.hook_mlp_out"], mlp.mean(dims).expand_as(mlp), 1e-12)
@@ -395,7 +493,9 @@ class Interventions(TestCase):
         other, name = {}, "blocks.1.attn.hook_v"
         self.model(random_input(seed=7), cache=other)
         after: dict = {}
-        self.model(self.x, hooks=interventions.patch_positions({name: other[name]}, [1, 3]), cache=after)
+        self.model(
+            self.x, hooks=interventions.patch_positions({name: other[name]}, [1, 3]), cache=after
+        )
         for position in range(6):
             source = other if position in (1, 3) else self.cache
             self.assertTrue(torch.equal(after[name][:, position], source[name][:, position]))
@@ -415,27 +515,40 @@ class Interventions(TestCase):
             self.assertAlmostEqual(P[head].trace().item(), SMALL.d_head, places=9)
             self.assertEqual(torch.linalg.matrix_rank(P[head]).item(), SMALL.d_head)
         self.assertClose(P[1], model.qk_circuit(self.model, 1)[1], 1e-12)
-        self.assertTrue(torch.equal(self.model(self.x), random_model()(self.x)))  # which was not changed
+        self.assertTrue(
+            torch.equal(self.model(self.x), random_model()(self.x))
+        )  # which was not changed
 
 
 class Measures(TestCase):
     def test_eigenvalue_score_of_known_circuits(self):
         quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
-        for matrix, score in ((torch.eye(4), 1), (-torch.eye(4), -1), (quarter_turn, 0),
-                              (torch.diag(torch.tensor([3.0, -1.0])), 0.5)):
+        for matrix, score in (
+            (torch.eye(4), 1),
+            (-torch.eye(4), -1),
+            (quarter_turn, 0),
+            (torch.diag(torch.tensor([3.0, -1.0])), 0.5),
+        ):
             self.assertAlmostEqual(analyze.eigenvalue_score(matrix).item(), score, places=6)
 
     def test_effective_rank_of_known_matrices(self):
         rotation = torch.linalg.qr(torch.randn(6, 6, generator=seeded()))[0]
-        for matrix, rank in ((torch.outer(torch.arange(1.0, 4), torch.ones(5)), 1), (rotation, 6),
-                             (torch.diag(torch.tensor([2.0, 1.0, 0.0])), 9 / 5)):
+        for matrix, rank in (
+            (torch.outer(torch.arange(1.0, 4), torch.ones(5)), 1),
+            (rotation, 6),
+            (torch.diag(torch.tensor([2.0, 1.0, 0.0])), 9 / 5),
+        ):
             self.assertAlmostEqual(analyze.effective_rank(matrix).item(), rank, places=4)
 
     def test_identity_cosine_of_known_matrices(self):
         quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
         half = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0]))
-        for matrix, cosine in ((3 * torch.eye(5), 1), (-torch.eye(5), -1), (quarter_turn, 0),
-                               (half, 0.5**0.5)):
+        for matrix, cosine in (
+            (3 * torch.eye(5), 1),
+            (-torch.eye(5), -1),
+            (quarter_turn, 0),
+            (half, 0.5**0.5),
+        ):
             self.assertAlmostEqual(analyze.identity_cosine(matrix).item(), cosine, places=6)
 
     def test_components_sum_to_output(self):
@@ -445,9 +558,12 @@ class Measures(TestCase):
         part = lambda component: analyze.direct_attribution(transformer, component, target, scale)
         total = part(kept["hook_embed"]) + part(kept["hook_pos_embed"])
         for l, block in enumerate(transformer.blocks):
-            total = (total + part(kept[f"blocks.{l}.attn.hook_result"]).sum(-1)
-                     + part(block.attn.b_O.expand_as(kept["hook_embed"]))
-                     + part(kept[f"blocks.{l}.hook_mlp_out"]))
+            total = (
+                total
+                + part(kept[f"blocks.{l}.attn.hook_result"]).sum(-1)
+                + part(block.attn.b_O.expand_as(kept["hook_embed"]))
+                + part(kept[f"blocks.{l}.hook_mlp_out"])
+            )
         biases = transformer.ln_final.b @ transformer.unembed.W_U + transformer.unembed.b_U
         self.assertClose(total + target @ biases, (y * target).sum(-1), 1e-9)
 
@@ -490,12 +606,18 @@ class Measures(TestCase):
         attn = transformer.blocks[1].attn
         attn.b_Q.zero_(), attn.b_K.zero_()
         transformer(random_input(), cache=cache)
-        scores = (torch.einsum("bqd,hdD,bkD->bhqk", x, model.qk_circuit(transformer, 1), x)
-                  / SMALL.d_head**0.5)
+        scores = (
+            torch.einsum("bqd,hdD,bkD->bhqk", x, model.qk_circuit(transformer, 1), x)
+            / SMALL.d_head**0.5
+        )
         kept = cache["blocks.1.attn.hook_attn_scores"]
         self.assertClose(scores[kept.isfinite()], kept[kept.isfinite()], 1e-9)
-        result = torch.einsum("bhqk,bkd,hdD->bqhD", cache["blocks.1.attn.hook_pattern"], x,
-                              model.ov_circuit(transformer, 1))
+        result = torch.einsum(
+            "bhqk,bkd,hdD->bqhD",
+            cache["blocks.1.attn.hook_pattern"],
+            x,
+            model.ov_circuit(transformer, 1),
+        )
         self.assertClose(result, cache["blocks.1.attn.hook_result"], 1e-9)
 
 
@@ -545,7 +667,9 @@ class NothingSilentlyWrong(TestCase):
         both = interventions.replace_outputs(zero, [(0, 0), (0, 2)])
         joined = interventions.join(one, other)
         self.assertTrue(torch.equal(transformer(x, hooks=joined), transformer(x, hooks=both)))
-        self.assertGreater((transformer(x, hooks=one | other) - transformer(x, hooks=both)).abs().max(), 1e-3)
+        self.assertGreater(
+            (transformer(x, hooks=one | other) - transformer(x, hooks=both)).abs().max(), 1e-3
+        )
         order = [{"hook_embed": lambda v, i=i: seen.append(i) or v} for i in range(3)]
         transformer(x, hooks=interventions.join(*order))
         self.assertEqual(seen, [0, 1, 2])
@@ -557,11 +681,22 @@ class NothingSilentlyWrong(TestCase):
     def test_wrong_shapes_dtypes_and_names_are_refused_in_one_line_that_says_what_is_right(self):
         transformer, x = random_model(dtype=torch.float32), random_input(dtype=torch.float32)
         point = "blocks.0.hook_attn_out"
-        for returned, says in ((lambda v: v > 0, "float32.*not .*bool"), (lambda v: None, "NoneType"),
-                               (lambda v: v[:, :1], "shape"), (lambda v: v.double(), "float64")):
+        for returned, says in (
+            (lambda v: v > 0, "float32.*not .*bool"),
+            (lambda v: None, "NoneType"),
+            (lambda v: v[:, :1], "shape"),
+            (lambda v: v.double(), "float64"),
+        ):
             with self.assertRaisesRegex(ValueError, f"the hook at {point} must return .*{says}"):
                 transformer(x, hooks={point: returned})
-        for bad in (x.double(), x.long(), x[0], x[..., :3], torch.zeros(2, 9, 5), torch.zeros(2, 0, 5)):
+        for bad in (
+            x.double(),
+            x.long(),
+            x[0],
+            x[..., :3],
+            torch.zeros(2, 9, 5),
+            torch.zeros(2, 0, 5),
+        ):
             with self.assertRaisesRegex(ValueError, "^x must be .*, not [^\n]*$"):
                 transformer(bad)
         resid = torch.zeros(2, 4, 12)
@@ -581,13 +716,20 @@ class NothingSilentlyWrong(TestCase):
             kinds = {name: convert(value) for name, value in given.items()}
             found = transformer(x, hooks=interventions.replace_outputs(zeros, **kinds))
             self.assertTrue(torch.equal(found, expected))
-            changed = interventions.replace_qk(transformer, 1, convert(torch.tensor([0, 2])), 0.0, 0.0)
-            self.assertEqual(changed.blocks[1].attn.W_Q.abs().amax((1, 2)).gt(0).tolist(), [0, 1, 0])
-            patch = interventions.patch_positions({"hook_embed": torch.zeros(4, 6, 12)},
-                                                  convert(torch.tensor([1, 3])))
+            changed = interventions.replace_qk(
+                transformer, 1, convert(torch.tensor([0, 2])), 0.0, 0.0
+            )
+            self.assertEqual(
+                changed.blocks[1].attn.W_Q.abs().amax((1, 2)).gt(0).tolist(), [0, 1, 0]
+            )
+            patch = interventions.patch_positions(
+                {"hook_embed": torch.zeros(4, 6, 12)}, convert(torch.tensor([1, 3]))
+            )
             cache: dict = {}
             transformer(x, hooks=patch, cache=cache)
-            self.assertEqual(cache["hook_embed"].abs().amax((0, 2)).gt(0).tolist(), [1, 0, 1, 0, 1, 1])
+            self.assertEqual(
+                cache["hook_embed"].abs().amax((0, 2)).gt(0).tolist(), [1, 0, 1, 0, 1, 1]
+            )
 
     def test_patches_of_no_or_wrong_positions_and_of_patterns_are_refused(self):
         cache: dict = {}
@@ -599,7 +741,9 @@ class NothingSilentlyWrong(TestCase):
         with self.assertRaisesRegex(ValueError, r"is \[batch, head, dest, src\]"):
             interventions.patch_positions({"blocks.0.attn.hook_pattern": torch.zeros(1)}, [0])
         with self.assertRaisesRegex(ValueError, "does not broadcast"):
-            random_model()(random_input(), hooks=interventions.hold({"hook_embed": torch.zeros(7, 7)}))
+            random_model()(
+                random_input(), hooks=interventions.hold({"hook_embed": torch.zeros(7, 7)})
+            )
 
     def test_weights_of_compiled_parallel_and_transformer_lens_models_load(self):
         folder = self.folder()
@@ -609,8 +753,10 @@ class NothingSilentlyWrong(TestCase):
         causal = torch.ones(8, 8).tril().bool()
         lens = state | {f"blocks.{l}.attn.mask": causal for l in range(2)}
         lens["blocks.1.attn.IGNORE"] = torch.zeros(())
-        prefixed = [{f"{prefix}{name}": value for name, value in state.items()}
-                    for prefix in ("_orig_mod.", "module.", "module._orig_mod.")]
+        prefixed = [
+            {f"{prefix}{name}": value for name, value in state.items()}
+            for prefix in ("_orig_mod.", "module.", "module._orig_mod.")
+        ]
         for weights in (state, lens, *prefixed):
             model.save(weights, path)
             self.assertTrue(torch.equal(model.load_weights(path).embed.W_E, transformer.embed.W_E))
@@ -622,7 +768,9 @@ class NothingSilentlyWrong(TestCase):
             model.load_weights(path)
         model.save(state, path)
         for name, value in (("use_attn_scale", False), ("attn_only", True)):
-            model.save(dataclasses.asdict(SMALL) | {name: value}, os.path.join(folder, "config.json"))
+            model.save(
+                dataclasses.asdict(SMALL) | {name: value}, os.path.join(folder, "config.json")
+            )
             with self.assertRaisesRegex(ValueError, f"says {name} {value}: here it is always"):
                 model.load_weights(path)
 
@@ -631,7 +779,9 @@ class NothingSilentlyWrong(TestCase):
         os.mkdir(folder)
         config = dataclasses.replace(SMALL, act_fn="gelu_new")
         model.save(dataclasses.asdict(config), os.path.join(folder, "config.json"))
-        model.save(random_model(config, torch.float32).state_dict(), os.path.join(folder, "weights.pt"))
+        model.save(
+            random_model(config, torch.float32).state_dict(), os.path.join(folder, "weights.pt")
+        )
         here = os.getcwd()
         self.addCleanup(os.chdir, here)
         for where, path in ((here, os.path.join(folder, "weights.pt")), (folder, "weights.pt")):
@@ -646,9 +796,12 @@ class NothingSilentlyWrong(TestCase):
 
     def test_two_processes_that_write_one_file_leave_a_whole_one(self):
         path = os.path.join(self.folder(), "x.json")
-        script = "import sys, model\nfor i in range(100): model.save([sys.argv[2]] * 2000, sys.argv[1])"
-        start = lambda name: subprocess.Popen([sys.executable, "-c", script, path, name], cwd=HERE,
-                                              stderr=subprocess.PIPE)
+        script = (
+            "import sys, model\nfor i in range(100): model.save([sys.argv[2]] * 2000, sys.argv[1])"
+        )
+        start = lambda name: subprocess.Popen(
+            [sys.executable, "-c", script, path, name], cwd=HERE, stderr=subprocess.PIPE
+        )
         writers = [start("a"), start("b")]
         for writer in writers:
             self.assertEqual(writer.communicate()[1], b"")
@@ -674,13 +827,20 @@ class NothingSilentlyWrong(TestCase):
 class Training(TestCase):
     def settings(self, **changes) -> dict:
         small = {"steps": 6, "batch_size": 2, "eval_every": 3, "device": "cpu"}
-        return dataclasses.asdict(SMALL_TASK) | small | {"out": os.path.join(self.folder(), "run")} | changes
+        return (
+            dataclasses.asdict(SMALL_TASK)
+            | small
+            | {"out": os.path.join(self.folder(), "run")}
+            | changes
+        )
 
     def run_of(self, **changes) -> train.Run:
         return train.Run(*train.from_settings(self.settings(**changes)))
 
     def quietly(self, run: train.Run) -> train.Run:
-        with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(train, "HELD_OUT_PER_LENGTH", 2):
+        with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(
+            train, "HELD_OUT_PER_LENGTH", 2
+        ):
             train.train(run)
         return run
 
@@ -734,7 +894,9 @@ class Training(TestCase):
         self.quietly(train.open_run(settings, resume=False))
         more = {"out": settings["out"], "steps": 10, "decay_steps": 5}
         twin = self.quietly(train.open_run(more, resume=True))
-        whole = self.quietly(train.open_run(self.settings(steps=10, eval_every=5, decay_steps=5), False))
+        whole = self.quietly(
+            train.open_run(self.settings(steps=10, eval_every=5, decay_steps=5), False)
+        )
         self.assertTrue(torch.equal(twin.model.embed.W_E, whole.model.embed.W_E))
         config = json.loads(read(os.path.join(settings["out"], "config.json")))
         self.assertEqual((config["steps"], config["decay_steps"]), (10, 5))
@@ -745,7 +907,9 @@ class Training(TestCase):
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs CUDA")
     def test_captured_steps_are_the_plain_steps(self):
-        captured, plain = (self.run_of(device="cuda", no_graphs=no_graphs) for no_graphs in (False, True))
+        captured, plain = (
+            self.run_of(device="cuda", no_graphs=no_graphs) for no_graphs in (False, True)
+        )
         with contextlib.redirect_stdout(io.StringIO()):
             train.capture(captured)
         self.assertTrue(captured.graphs)
@@ -755,10 +919,26 @@ class Training(TestCase):
     def test_a_killed_run_resumes_to_the_same_bits_and_the_same_log(self):
         folder = self.folder()
         script = "import train; train.HELD_OUT_PER_LENGTH = 2; train.main()"
-        arguments = ["--d-mlp", "20", "--steps", "60", "--eval-every", "5", "--batch-size", "2", "--device",
-                     "cpu", "--keep-steps", "--out"]
-        killed = subprocess.Popen([sys.executable, "-c", script, *arguments, os.path.join(folder, "killed")],
-                                  cwd=HERE, stdout=subprocess.PIPE, text=True)
+        arguments = [
+            "--d-mlp",
+            "20",
+            "--steps",
+            "60",
+            "--eval-every",
+            "5",
+            "--batch-size",
+            "2",
+            "--device",
+            "cpu",
+            "--keep-steps",
+            "--out",
+        ]
+        killed = subprocess.Popen(
+            [sys.executable, "-c", script, *arguments, os.path.join(folder, "killed")],
+            cwd=HERE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         killed.stdout.readline()  # the first row of the log is written: now it is somewhere after it
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
@@ -769,10 +949,17 @@ class Training(TestCase):
                 done = command(train.main, *given, os.path.join(folder, out))
                 self.assertEqual(done[0], 0, done)
         for name in ("weights.pt", "steps/00000032.pt", "steps/00000000.pt"):
-            self.assertEqual(*(read(os.path.join(folder, out, name)) for out in ("whole", "killed")))
-        logs = [read(os.path.join(folder, out, "log.csv")).decode().split() for out in ("whole", "killed")]
+            self.assertEqual(
+                *(read(os.path.join(folder, out, name)) for out in ("whole", "killed"))
+            )
+        logs = [
+            read(os.path.join(folder, out, "log.csv")).decode().split()
+            for out in ("whole", "killed")
+        ]
         self.assertEqual(*([line.split(",")[:3] for line in log] for log in logs))
-        self.assertEqual([line.split(",")[0] for line in logs[0]], ["step", *map(str, range(5, 61, 5))])
+        self.assertEqual(
+            [line.split(",")[0] for line in logs[0]], ["step", *map(str, range(5, 61, 5))]
+        )
 
     def test_an_interrupt_ends_with_a_line_that_says_where_it_goes_on(self):
         out = os.path.join(self.folder(), "run")
@@ -785,7 +972,9 @@ class Training(TestCase):
         run = train.open_run(self.settings(lr=1e30, steps=50, eval_every=10), resume=False)
         path = os.path.join(run.options.out, "checkpoint.pt")
         before = read(path)
-        with self.assertRaisesRegex(FloatingPointError, "not finite at or before step 10: the last"):
+        with self.assertRaisesRegex(
+            FloatingPointError, "not finite at or before step 10: the last"
+        ):
             self.quietly(run)
         self.assertEqual(read(path), before)
 
@@ -813,9 +1002,14 @@ class Training(TestCase):
         self.assertFalse(os.path.exists(settings["out"]))
         train.open_run(settings, resume=False)
         path = os.path.join(settings["out"], "checkpoint.pt")
-        for changes, says in (({"lr": 1e-3}, "lr 0.0001, not 0.001"), ({"batch_size": 3}, "batch_size 2"),
-                              ({"n_layers": 1}, "n_layers 2, not 1"), ({"loss_from": 0}, "loss_from 2"),
-                              ({"act_fn": "gelu_new"}, "act_fn relu"), ({"task": "x"}, "task affine")):
+        for changes, says in (
+            ({"lr": 1e-3}, "lr 0.0001, not 0.001"),
+            ({"batch_size": 3}, "batch_size 2"),
+            ({"n_layers": 1}, "n_layers 2, not 1"),
+            ({"loss_from": 0}, "loss_from 2"),
+            ({"act_fn": "gelu_new"}, "act_fn relu"),
+            ({"task": "x"}, "task affine"),
+        ):
             with self.assertRaisesRegex(ValueError, says):
                 train.open_run({"out": settings["out"]} | changes, resume=True)
         config = os.path.join(settings["out"], "config.json")
@@ -827,7 +1021,11 @@ class Training(TestCase):
             with self.assertRaisesRegex(ValueError, "damaged or is no checkpoint"):
                 train.open_run({"out": settings["out"]}, resume=True)
             self.assertEqual(os.path.getsize(path), size)
-        for name in ("checkpoint.pt", "weights.pt", "log.csv"):  # each of them says that a run is here
+        for name in (
+            "checkpoint.pt",
+            "weights.pt",
+            "log.csv",
+        ):  # each of them says that a run is here
             with self.assertRaisesRegex(ValueError, "already holds a run"):
                 train.open_run(settings, resume=False)
             os.remove(os.path.join(settings["out"], name))
@@ -854,14 +1052,22 @@ class Training(TestCase):
 
     def test_bad_command_lines_are_refused_in_one_line(self):
         out = os.path.join(self.folder(), "run")
-        for arguments, says in ((["--steps", "0"], "at least 1, not 0"), (["--steps", "many"], "invalid int"),
-                                (["--lr", "nan"], "finite"), (["--lr", "0"], "at least"),
-                                (["--weight-decay", "-1"], "at least 0"), (["--device", "x"], "device must be one of"),
-                                (["--decay-steps", "-1"], "at least 0"),
-                                (["--steps", "9", "--decay-steps", "10"], "0 to steps = 9, not 10"),
-                                (["--dtype", "float16"], "float32, bfloat16"), (["--n-layers", "0"], "1"),
-                                (["--act-fn", "tanh"], "relu, gelu_new"), (["--loss-from", "3"], "0 to 2"),
-                                (["--n-ctx", "8"], "at least 14"), (["--speed", "high"], "unrecognized")):
+        for arguments, says in (
+            (["--steps", "0"], "at least 1, not 0"),
+            (["--steps", "many"], "invalid int"),
+            (["--lr", "nan"], "finite"),
+            (["--lr", "0"], "at least"),
+            (["--weight-decay", "-1"], "at least 0"),
+            (["--device", "x"], "device must be one of"),
+            (["--decay-steps", "-1"], "at least 0"),
+            (["--steps", "9", "--decay-steps", "10"], "0 to steps = 9, not 10"),
+            (["--dtype", "float16"], "float32, bfloat16"),
+            (["--n-layers", "0"], "1"),
+            (["--act-fn", "tanh"], "relu, gelu_new"),
+            (["--loss-from", "3"], "0 to 2"),
+            (["--n-ctx", "8"], "at least 14"),
+            (["--speed", "high"], "unrecognized"),
+        ):
             trains = mock.patch.object(train, "train", side_effect=AssertionError("it trains"))
             with self.subTest(arguments), trains:
                 self.assertRefused(2, says, train.main, *arguments, "--out", out)
@@ -869,14 +1075,23 @@ class Training(TestCase):
         self.assertRefused(1, "there is no checkpoint", train.main, "--resume", "--out", out)
         blocked = os.path.join(self.folder(), "file")
         open(blocked, "w").close()
-        self.assertRefused(1, "file", train.main, "--device", "cpu", "--out", os.path.join(blocked, "run"))
+        self.assertRefused(
+            1, "file", train.main, "--device", "cpu", "--out", os.path.join(blocked, "run")
+        )
 
 
 class Analysis(TestCase):
     @classmethod
     def setUpClass(cls):
-        counts = {"POPULATION": 24, "UNTRAINED": 12, "HELD_OUT_PER_LENGTH": 10, "FEW": 6, "EXAMPLES": 12,
-                  "QK_DRAWS": 2, "RESAMPLES": 50}
+        counts = {
+            "POPULATION": 24,
+            "UNTRAINED": 12,
+            "HELD_OUT_PER_LENGTH": 10,
+            "FEW": 6,
+            "EXAMPLES": 12,
+            "QK_DRAWS": 2,
+            "RESAMPLES": 50,
+        }
         for name, count in counts.items():
             patch = mock.patch.object(analyze, name, count)
             patch.start()
@@ -884,14 +1099,20 @@ class Analysis(TestCase):
 
     def study(self, transformer: model.Transformer | None = None) -> analyze.Study:
         study = analyze.open_study(SHIPPED)
-        return study if transformer is None else analyze.Study(transformer, 40, study.log, study.settings)
+        return (
+            study
+            if transformer is None
+            else analyze.Study(transformer, 40, study.log, study.settings)
+        )
 
     def test_an_untrained_model_reproduces_no_learnt_claim(self):
         study = self.study().untrained
         learnt = """mse l0_prev_token l1_second_token l2_checkerboard l0_ov_r2 l0_ov_slope l2_ov_identity
             l1_ov_effective_rank l2_qk_identity lens_after_l0 refinement eigenvalue_score alpha"""
         for name in learnt.split():
-            self.assertEqual(analyze.PAPER.claims[name].function(study).verdict, "not reproduced", name)
+            self.assertEqual(
+                analyze.PAPER.claims[name].function(study).verdict, "not reproduced", name
+            )
 
     def test_a_model_built_as_the_paper_says_reproduces_the_circuit_claims(self):
         study = self.study(model.Transformer(generator=seeded()))
@@ -906,7 +1127,10 @@ class Analysis(TestCase):
         study = self.study()
         x, target = study.test.a[:, :-1], study.test.a[:, 1:]
         means = interventions.mean_outputs(study.activations)
-        hooks, ablated = interventions.replace_outputs(means, interventions.layer_heads(study.model, 1)), {}
+        hooks, ablated = (
+            interventions.replace_outputs(means, interventions.layer_heads(study.model, 1)),
+            {},
+        )
         expected = analyze.squared_errors(study.model(x, hooks=hooks, cache=ablated), target)
         self.assertClose(study.errors(1, hooks) / expected, 1, 1e-3)
         clean = study.record(x, analyze.SCALE)
@@ -919,9 +1143,13 @@ class Analysis(TestCase):
 
     def test_all_of_it_gives_the_same_twice_and_figures_that_name_their_axes(self):
         canvases, outs = [], [os.path.join(self.folder(), "figures") for _ in range(2)]
-        with mock.patch.object(analyze.Figure, "savefig", lambda canvas, *_, **__: canvases.append(canvas)):
+        with mock.patch.object(
+            analyze.Figure, "savefig", lambda canvas, *_, **__: canvases.append(canvas)
+        ):
             nothing = mock.Mock(return_value=b"")
-            for out, to_png in zip(outs, (analyze.to_png, nothing)):  # what is drawn changes no number
+            for out, to_png in zip(
+                outs, (analyze.to_png, nothing)
+            ):  # what is drawn changes no number
                 with mock.patch.object(analyze, "to_png", to_png):
                     status, _, err = command(analyze_main, "--all", "--run", SHIPPED, "--out", out)
                 self.assertEqual(status, 0, err)
@@ -933,31 +1161,41 @@ class Analysis(TestCase):
                 for image in (image for axes in canvas.axes for image in axes.get_images()):
                     (low, high), name = image.get_clim(), image.get_cmap().name
                     self.assertTrue(low == 0 and name == "Blues" or low == -high and name == "RdBu")
-        claims, again = (json.loads(read(os.path.join(out, "results.json")))["claims"] for out in outs)
+        claims, again = (
+            json.loads(read(os.path.join(out, "results.json")))["claims"] for out in outs
+        )
         for name, found in claims.items():
             self.assertEqual(found["verdict"], again[name]["verdict"], name)
             measured, twice = (np.array(claim["measured"]) for claim in (found, again[name]))
             np.testing.assert_allclose(measured, twice, rtol=2e-3, atol=1e-4, err_msg=name)
         self.assertEqual(set(analyze.PAPER.claims) - set(claims), set())
         for found in claims.values():
-            self.assertEqual(" ".join(found), "claim paper measured interval values verdict why untrained")
+            self.assertEqual(
+                " ".join(found), "claim paper measured interval values verdict why untrained"
+            )
 
     def test_what_cannot_be_measured_is_named_and_the_rest_is_written(self):
         catalogue, out = analyze.Catalogue(), self.folder()
         catalogue.figure(1, "drawn")(analyze.figure_sequences)
         findings = {"well": 1.0, "endless": [1.0, torch.inf], "singular": None}
         for name, value in findings.items():
+
             def find(study, value=value):
                 """A rule."""
                 if value is None:
                     torch.linalg.inv(torch.zeros(2, 2))
                 return analyze.Finding(value, "partly", {"a control": torch.nan})
+
             find.__name__ = f"claim_{name}"
             catalogue.claim("a claim", None, 1)(find)
-        with contextlib.redirect_stdout(io.StringIO()) as said, mock.patch.object(analyze.Figure, "savefig"):
+        with contextlib.redirect_stdout(io.StringIO()) as said, mock.patch.object(
+            analyze.Figure, "savefig"
+        ):
             analyze.analyse(catalogue, self.study(), out, [], "results")
         lines = said.getvalue().splitlines()
-        self.assertTrue(lines[0].startswith("claim endless cannot be had of this model: what it measures"))
+        self.assertTrue(
+            lines[0].startswith("claim endless cannot be had of this model: what it measures")
+        )
         self.assertTrue(lines[1].startswith("claim singular cannot be had of this model: "))
         strict = lambda name: self.fail(f"{name} in a JSON file")
         results = json.loads(read(os.path.join(out, "results.json")), parse_constant=strict)
@@ -968,7 +1206,9 @@ class Analysis(TestCase):
         dead = model.Transformer(generator=seeded())
         for parameter in dead.parameters():
             parameter.data.zero_()
-        with contextlib.redirect_stdout(io.StringIO()) as said, mock.patch.object(analyze.Figure, "savefig"):
+        with contextlib.redirect_stdout(io.StringIO()) as said, mock.patch.object(
+            analyze.Figure, "savefig"
+        ):
             study = self.study(dead)
             study.meta = {"config": {}}
             analyze.analyse(analyze.PAPER, study, self.folder(), [], "results")
@@ -989,7 +1229,17 @@ class Analysis(TestCase):
 
     def test_a_model_with_fewer_layers_gets_what_has_a_meaning_for_it(self):
         run = os.path.join(self.folder(), "run")
-        arguments = ["--n-layers", "1", "--d-mlp", "20", "--steps", "1", "--eval-every", "1", "--keep-steps"]
+        arguments = [
+            "--n-layers",
+            "1",
+            "--d-mlp",
+            "20",
+            "--steps",
+            "1",
+            "--eval-every",
+            "1",
+            "--keep-steps",
+        ]
         with mock.patch.object(train, "HELD_OUT_PER_LENGTH", 2):
             command(train.main, *arguments, "--out", run)
         with mock.patch.object(analyze.Figure, "savefig"):
@@ -1001,14 +1251,17 @@ class Analysis(TestCase):
         one = {name for name, claim in analyze.PAPER.claims.items() if claim.layers == 1}
         self.assertEqual(set(claims), one)
         self.assertEqual(command(analyze_main, "--fig", "1", "--run", run, "--step", "1")[0], 0)
-        self.assertTrue(os.path.exists(os.path.join(run, "figures", "step_1", "fig01_sequences.png")))
+        self.assertTrue(
+            os.path.exists(os.path.join(run, "figures", "step_1", "fig01_sequences.png"))
+        )
         self.assertRefused(1, "no weights file", analyze_main, "--all", "--run", run, "--step", "7")
 
     def test_bad_command_lines_are_refused_in_one_line_and_write_nothing(self):
         folder = self.folder()
         out, run = os.path.join(folder, "figures"), os.path.join(folder, "run")
-        refused = lambda status, says, *args: self.assertRefused(status, says, analyze_main, *args, "--out",
-                                                                 out)
+        refused = lambda status, says, *args: self.assertRefused(
+            status, says, analyze_main, *args, "--out", out
+        )
         refused(2, "no figure 99", "--fig", "99")
         refused(2, "one of the arguments")
         refused(1, "no run folder", "--all", "--run", os.path.join(folder, "missing"))
@@ -1017,11 +1270,17 @@ class Analysis(TestCase):
         with open(os.path.join(run, "weights.pt"), "wb") as f:
             f.write(b"garbage")
         refused(1, "damaged", "--all", "--run", run)
-        model.save(random_model(SMALL_TASK, torch.float32).state_dict(), os.path.join(run, "weights.pt"))
+        model.save(
+            random_model(SMALL_TASK, torch.float32).state_dict(), os.path.join(run, "weights.pt")
+        )
         refused(1, "of another model", "--all", "--run", run)
         model.save(model.Transformer().state_dict(), os.path.join(run, "weights.pt"))
         refused(1, "no training log", "--all", "--run", run)
-        for config, says in (('{"n_', "damaged"), ('{"n_layers": 2}', "blocks"), ('{"task": "x"}', "x, not")):
+        for config, says in (
+            ('{"n_', "damaged"),
+            ('{"n_layers": 2}', "blocks"),
+            ('{"task": "x"}', "x, not"),
+        ):
             with open(os.path.join(run, "config.json"), "w") as f:
                 f.write(config)
             refused(1, says, "--all", "--run", run)
@@ -1032,7 +1291,9 @@ class Analysis(TestCase):
             refused(1, "is no training log", "--all", "--run", run)
         self.assertFalse(os.path.exists(out))
         blocked = os.path.join(run, "weights.pt")
-        self.assertRefused(1, "weights.pt", analyze_main, "--fig", "1", "--run", SHIPPED, "--out", blocked)
+        self.assertRefused(
+            1, "weights.pt", analyze_main, "--fig", "1", "--run", SHIPPED, "--out", blocked
+        )
 
     def test_list_names_every_figure_and_claim_and_a_taken_number_is_refused(self):
         status, out, _ = command(analyze_main, "--list")
@@ -1040,7 +1301,10 @@ class Analysis(TestCase):
         self.assertEqual((status, len(out.splitlines())), (0, entries))
         with self.assertRaisesRegex(ValueError, "2 is taken by: loss against step"):
             analyze.figure(2, "another")(len)
-        for name, claim in analyze.PAPER.claims.items():  # its figure is drawn wherever it is measured
+        for (
+            name,
+            claim,
+        ) in analyze.PAPER.claims.items():  # its figure is drawn wherever it is measured
             self.assertLessEqual(analyze.PAPER.figures[claim.figure].layers, claim.layers, name)
 
 
@@ -1052,8 +1316,12 @@ class Committed(TestCase):
         for name, found in results["claims"].items():  # a claim that is not there yet is no fault
             claim = analyze.PAPER.claims[name]
             rule = " ".join(claim.function.__doc__.split())
-            self.assertEqual((found["claim"], found["paper"], found["why"]), (claim.text, claim.paper, rule))
-            self.assertTrue(os.path.exists(os.path.join(HERE, "figures", analyze.PAPER.file(claim.figure))))
+            self.assertEqual(
+                (found["claim"], found["paper"], found["why"]), (claim.text, claim.paper, rule)
+            )
+            self.assertTrue(
+                os.path.exists(os.path.join(HERE, "figures", analyze.PAPER.file(claim.figure)))
+            )
         with mock.patch.object(analyze, "POPULATION", 200):
             study = analyze.open_study(SHIPPED)
         tolerances = {"eigenvalue_score": 1e-3, "l2_qk_identity": 1e-3, "l0_prev_token": 0.02}

@@ -38,16 +38,26 @@ class Options:
 
     task: str = setting("affine", "")  # in config.json, but no option of this command
     steps: int = setting(100_000, "optimizer steps; --resume may ask for more")
-    decay_steps: int = setting(0, "learning rate falls to 0 over the last of --steps; 0: constant", least=0)
+    decay_steps: int = setting(
+        0, "learning rate falls to 0 over the last of --steps; 0: constant", least=0
+    )
     batch_size: int = setting(16, "sequences a step")
     lr: float = setting(1e-4, "learning rate of AdamW")
     weight_decay: float = setting(0.01, "weight decay of AdamW, on every parameter", least=0)
-    loss_from: int = setting(data.FIRST_POSITION, "first output position in the loss; 0: all pairs", least=0)
+    loss_from: int = setting(
+        data.FIRST_POSITION, "first output position in the loss; 0: all pairs", least=0
+    )
     seed: int = setting(0, "decides the initial weights and the training data", least=0)
     eval_every: int = setting(1000, "steps between two rows of log.csv")
-    dtype: str = setting("float32", "of matrix products: float32, bfloat16", choices=("float32", "bfloat16"))
-    keep_steps: bool = setting(False, "keep the weights at steps 0, 1, 2, 4, .. 512, 1000, 2000, 5000, ..")
-    no_graphs: bool = setting(False, "launch every kernel on CUDA, instead of replaying captured steps")
+    dtype: str = setting(
+        "float32", "of matrix products: float32, bfloat16", choices=("float32", "bfloat16")
+    )
+    keep_steps: bool = setting(
+        False, "keep the weights at steps 0, 1, 2, 4, .. 512, 1000, 2000, 5000, .."
+    )
+    no_graphs: bool = setting(
+        False, "launch every kernel on CUDA, instead of replaying captured steps"
+    )
     device: str = setting(DEVICES[0], "cpu or, where there is one, cuda", choices=DEVICES)
     out: str = setting(os.path.join("runs", "paper"), "run folder")
 
@@ -60,7 +70,9 @@ class Options:
         if self.loss_from > first:
             raise ValueError(f"loss_from must be 0 to {first}, not {self.loss_from}")
         if self.decay_steps > self.steps:
-            raise ValueError(f"decay_steps must be 0 to steps = {self.steps:,}, not {self.decay_steps:,}")
+            raise ValueError(
+                f"decay_steps must be 0 to steps = {self.steps:,}, not {self.decay_steps:,}"
+            )
 
 
 def from_settings(settings: dict) -> tuple[Options, Config]:
@@ -101,8 +113,13 @@ class Run:
         # Captured steps are replayed as they were recorded: they can only read a rate that is a tensor.
         self.captures = options.device == "cuda" and not options.no_graphs
         lr = torch.tensor(options.lr, device=options.device) if self.captures else options.lr
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=options.weight_decay,
-                                           fused=True, capturable=self.captures)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=lr,
+            weight_decay=options.weight_decay,
+            fused=True,
+            capturable=self.captures,
+        )
         for p in self.model.parameters():  # from the start, so that a checkpoint is always complete
             self.optimizer.state[p] = {
                 "step": torch.zeros((), device=p.device),
@@ -203,7 +220,8 @@ def open_run(settings: dict, resume: bool) -> Run:
     Config by name, the others being defaults or, resuming, the run's.
 
     ValueError for a new run where there is one, a damaged checkpoint or a setting, in config.json too, that
-    is not the run's; FileNotFoundError where there is nothing to resume; OSError where it cannot write."""
+    is not the run's; FileNotFoundError where there is nothing to resume; OSError where it cannot write.
+    """
     out = settings.get("out", Options.out)
     run = resume_run(out, settings) if resume else new_run(out, settings)
     if run.options.keep_steps:
@@ -227,8 +245,10 @@ def new_run(out: str, settings: dict) -> Run:
         with open(config, "x") as f:
             json.dump(run.settings, f, indent=1)
     except FileExistsError:
-        raise ValueError(f"{out} belongs to a run that has just begun: give another --out; if that run was "
-                         f"killed at once, delete {config}") from None
+        raise ValueError(
+            f"{out} belongs to a run that has just begun: give another --out; if that run was "
+            f"killed at once, delete {config}"
+        ) from None
     return run
 
 
@@ -245,7 +265,9 @@ def resume_run(out: str, settings: dict) -> Run:
         run = Run(*from_settings(begun | settings))
         run.load(state)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint of this train.py: {str(error)[:99]!r}") from error
+        raise ValueError(
+            f"{path} is no checkpoint of this train.py: {str(error)[:99]!r}"
+        ) from error
     if run.done > run.options.steps:
         raise ValueError(f"{path} is at step {run.done:,}, beyond --steps {run.options.steps:,}")
 
@@ -265,8 +287,12 @@ def train(run: Run):
     """Train until `options.steps`, saving with every row of the log. FloatingPointError, and no checkpoint,
     if a loss since the last row is not finite; OSError where a file cannot be written."""
     options = run.options
-    held_out = data.held_out(HELD_OUT_PER_LENGTH, device=options.device, task=options.task,
-                             d_vocab=run.model.config.d_vocab)
+    held_out = data.held_out(
+        HELD_OUT_PER_LENGTH,
+        device=options.device,
+        task=options.task,
+        d_vocab=run.model.config.d_vocab,
+    )
     if run.captures:
         capture(run)
 
@@ -283,8 +309,10 @@ def train(run: Run):
             loss = torch.stack(losses).double().mean().item()
             eval_mse = data.evaluate(run.model, held_out, run.task.first)
             if not math.isfinite(loss + eval_mse):
-                raise FloatingPointError(f"the loss is not finite at or before step {run.done:,}: the last "
-                                         "checkpoint is kept; try a smaller --lr with another --out")
+                raise FloatingPointError(
+                    f"the loss is not finite at or before step {run.done:,}: the last "
+                    "checkpoint is kept; try a smaller --lr with another --out"
+                )
             now = time.perf_counter()
             run.seconds += now - row_start
             row_start = now
@@ -308,13 +336,17 @@ def capture(run: Run):
     stream = torch.cuda.current_stream()
     graphs = {}
     try:
-        with torch.cuda.stream(torch.cuda.Stream()):  # libraries set themselves up in steps that run
+        with torch.cuda.stream(
+            torch.cuda.Stream()
+        ):  # libraries set themselves up in steps that run
             for length in run.task.lengths:
                 run.captured_loss = run.launch_step(length).clone()
         torch.cuda.synchronize()
 
         pool = torch.cuda.graph_pool_handle()
-        for length in reversed(run.task.lengths):  # the largest first: the others fit into its memory
+        for length in reversed(
+            run.task.lengths
+        ):  # the largest first: the others fit into its memory
             graphs[length] = torch.cuda.CUDAGraph()
             graphs[length].register_generator_state(run.sequences)
             run.optimizer.zero_grad()
@@ -348,9 +380,13 @@ def progress(text: str, stay: bool = False):
 
 def command_line(doc: str) -> argparse.ArgumentParser:
     """A parser with `doc` for help, errors of one line (exit status 2), and no value where none is given."""
-    return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter,
-                                   argument_default=argparse.SUPPRESS)
+    return argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
 
 
 def main(arguments: list[str] | None = None, task: str = "affine"):
@@ -361,8 +397,12 @@ def main(arguments: list[str] | None = None, task: str = "affine"):
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         elif text:
-            parser.add_argument(flag, type=f.type, metavar=f.type.__name__, help=f"{text} ({f.default})")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the out folder")
+            parser.add_argument(
+                flag, type=f.type, metavar=f.type.__name__, help=f"{text} ({f.default})"
+            )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in the out folder"
+    )
     given = vars(parser.parse_args(arguments)) | {"task": task}
     resume = given.pop("resume", False)
     try:
@@ -371,14 +411,21 @@ def main(arguments: list[str] | None = None, task: str = "affine"):
     except ValueError as error:
         parser.error(str(error))
 
-    torch.set_flush_denormal(True)  # weights of dead units decay into numbers with which processors are slow
+    torch.set_flush_denormal(
+        True
+    )  # weights of dead units decay into numbers with which processors are slow
     run = None
     try:
         run = open_run(given, resume)
         if resume:
             say(f"going on from step {run.done:,}")
         train(run)
-    except (OSError, ValueError, FloatingPointError, RuntimeError) as error:  # that of too little memory
+    except (
+        OSError,
+        ValueError,
+        FloatingPointError,
+        RuntimeError,
+    ) as error:  # that of too little memory
         sys.exit(f"{parser.prog}: error: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         if run:

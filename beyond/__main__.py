@@ -43,7 +43,9 @@ def figure_summary(study: Study):
     mse, asymmetry = asymmetry_by_position(study)
     fixed = by_position(study, errors(study).filter)
     axes.semilogy(POSITIONS, mse, ".-", color=MODEL, label="the model")
-    axes.semilogy(POSITIONS, mse - asymmetry, ".-", color=CLOSED_FORM, label="its mean over rotations")
+    axes.semilogy(
+        POSITIONS, mse - asymmetry, ".-", color=CLOSED_FORM, label="its mean over rotations"
+    )
     axes.semilogy(POSITIONS, fixed, ".-", color=FILTER, label="a filter that infers nothing")
     axes.set(title="half of the error is asymmetry", xlabel="position", ylabel="mean squared error")
     axes.legend()
@@ -56,7 +58,9 @@ def figure_summary(study: Study):
     axes.scatter(model, closed_form, s=3, lw=0, color=CLOSED_FORM)
     axes.axline((0, 0), slope=1, color="0.5", lw=0.8, zorder=0)
     share = shares(noise.prediction, noise.output, noise.truth, "white noise").output
-    axes.set_title(f"on white noise, which is no recurrence:\n{share:.1%} of the output from the weights")
+    axes.set_title(
+        f"on white noise, which is no recurrence:\n{share:.1%} of the output from the weights"
+    )
     axes.set(xlabel="the model", ylabel="closed form, a dot a component")
     return canvas
 

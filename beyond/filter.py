@@ -34,7 +34,9 @@ def fixed_filter(d_vocab: int = data.D_VOCAB, task: str = "affine") -> Tensor:
     it occurs."""
     generator = torch.Generator().manual_seed(1)
     filters = torch.zeros(MAX_LENGTH, MAX_LENGTH).double()
-    grams = torch.zeros(MAX_LENGTH + 1, MAX_LENGTH + 1).double()  # sums of <a_s, a_t> over lengths > n
+    grams = torch.zeros(
+        MAX_LENGTH + 1, MAX_LENGTH + 1
+    ).double()  # sums of <a_s, a_t> over lengths > n
     for n in reversed(range(data.find_task(task).first, MAX_LENGTH)):
         a = data.sample(FITTED, n + 1, generator, d_vocab, task=task, dtype=torch.double).a
         grams[: n + 2, : n + 2] += torch.einsum("bsv,btv->st", a, a)
@@ -60,7 +62,9 @@ def fitted_filter(x: Tensor, output: Tensor) -> Tensor:
         X = x[:, : n + 1].transpose(1, 2).double()  # [batch, d_vocab, src]
         y = output[:, n, :, None].double()  # [batch, d_vocab, 1]
         for fit, test in ((first, second), (second, first)):
-            K = torch.linalg.lstsq(X[fit].flatten(0, 1), y[fit].flatten(0, 1), driver="gelsd").solution
+            K = torch.linalg.lstsq(
+                X[fit].flatten(0, 1), y[fit].flatten(0, 1), driver="gelsd"
+            ).solution
             predicted[test, n] = (X[test] @ K)[..., 0].to(output)
     return predicted
 
@@ -105,7 +109,10 @@ def claim_fixed_filter(study: Study) -> Finding:
     fixed = by_position(study, errors(study).filter)
     early = (model[:5] <= fixed[:5] / 2).all()
     late = (model[-2:] >= 2 * fixed[-2:]).all()
-    values = {"MSE of the model, positions 2 to 13": model, "MSE of the filter, positions 2 to 13": fixed}
+    values = {
+        "MSE of the model, positions 2 to 13": model,
+        "MSE of the filter, positions 2 to 13": fixed,
+    }
     K = fixed_filter(study.model.config.d_vocab)
     for n in (6, 13):
         values[f"coefficients at {n}, a_n first"] = K[n, : n + 1].flip(0)
@@ -119,7 +126,9 @@ def figure_errors(study: Study):
     found = errors(study)
     axes = panels[0, 0]
     axes.semilogy(POSITIONS, by_position(study, found.model), ".-", color=MODEL, label="model")
-    axes.semilogy(POSITIONS, by_position(study, found.filter), ".-", color=FILTER, label="best fixed filter")
+    axes.semilogy(
+        POSITIONS, by_position(study, found.filter), ".-", color=FILTER, label="best fixed filter"
+    )
     axes.set(xlabel="position n, at which $a_{n+1}$ is predicted", ylabel="mean squared error")
     axes.legend()
 

@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 import interventions
-from analyze import LAYERS, MODEL, SCALE, Finding, Study, grid, interval, kept, mean_ablation, verdict
+from analyze import (
+    LAYERS,
+    MODEL,
+    SCALE,
+    Finding,
+    Study,
+    grid,
+    interval,
+    kept,
+    mean_ablation,
+    verdict,
+)
 from beyond.filter import claim, figure
 from data import squared_errors
 
@@ -42,7 +53,9 @@ def arms(study: Study, layer: int) -> Arms:
     ablated_scale: dict[str, Tensor] = {}
 
     def errors(*hooks: dict) -> Tensor:
-        return squared_errors(study.model.run_from(layer, resid, interventions.join(*hooks)), target)
+        return squared_errors(
+            study.model.run_from(layer, resid, interventions.join(*hooks)), target
+        )
 
     ablated = errors(ablation, interventions.record([SCALE], ablated_scale))
     held = errors(ablation, clean_scale)
@@ -52,7 +65,9 @@ def arms(study: Study, layer: int) -> Arms:
 
 def mended(arms: Arms) -> Tensor:
     """The share of the damage that goes away with the clean scale."""
-    return (arms.ablated.mean() - arms.clean_scale.mean()) / (arms.ablated.mean() - arms.clean.mean())
+    return (arms.ablated.mean() - arms.clean_scale.mean()) / (
+        arms.ablated.mean() - arms.clean.mean()
+    )
 
 
 def comes_back(arms: Arms) -> Tensor:
@@ -135,7 +150,9 @@ def claim_one_knob(study: Study) -> Finding:
 # ---------- Figure ----------
 def by_c(c: Tensor, values: Tensor) -> Tensor:
     """Means of values [batch, ...] over the sequences in each range of |c|, [8, ...]."""
-    return torch.stack([values[(c.abs() >= low) & (c.abs() < low + 0.25)].mean(0) for low in C_BINS])
+    return torch.stack(
+        [values[(c.abs() >= low) & (c.abs() < low + 0.25)].mean(0) for low in C_BINS]
+    )
 
 
 @figure(26, "layer 1 as a gain control", 3)
@@ -148,19 +165,45 @@ def figure_gain(study: Study):
     power = by_c(c, squared_errors(torch.zeros_like(target), target))
     x = C_BINS + 0.125
     axes = panels[0, 0]
-    axes.semilogy(x, by_c(c, found.ablated) / power, "o-", color=LAYERS[1], label="layer 1's heads at their mean")
-    axes.semilogy(x, by_c(c, found.scale_alone) / power, "s:", color=LAYERS[1],
-                  label="scale alone: intact, but divided by that model's scale")
-    axes.semilogy(x, by_c(c, found.clean_scale) / power, "^--", color=LAYERS[1],
-                  label="clean scale: at their mean, but divided by the intact scale")
+    axes.semilogy(
+        x,
+        by_c(c, found.ablated) / power,
+        "o-",
+        color=LAYERS[1],
+        label="layer 1's heads at their mean",
+    )
+    axes.semilogy(
+        x,
+        by_c(c, found.scale_alone) / power,
+        "s:",
+        color=LAYERS[1],
+        label="scale alone: intact, but divided by that model's scale",
+    )
+    axes.semilogy(
+        x,
+        by_c(c, found.clean_scale) / power,
+        "^--",
+        color=LAYERS[1],
+        label="clean scale: at their mean, but divided by the intact scale",
+    )
     axes.semilogy(x, by_c(c, found.clean) / power, "o-", color=MODEL, label="the intact model")
-    axes.set(title="the damage, and what mends it", xlabel="|c|", ylabel="unexplained share", ylim=(None, 10))
+    axes.set(
+        title="the damage, and what mends it",
+        xlabel="|c|",
+        ylabel="unexplained share",
+        ylim=(None, 10),
+    )
     axes.legend(fontsize=7, loc="upper left")
 
     axes = panels[0, 1]
     scale = by_c(study.population.c, study.activations[SCALE][..., 0])  # [8, pos]
     for n, style in zip((3, 6, 9, 12), (":", "-.", "--", "-")):
         axes.plot(x, scale[:, n], ls=style, marker=".", color=MODEL, label=f"position {n}")
-    axes.set(title="what the stream is divided by", xlabel="|c|", ylabel="scale of ln_final", ylim=(0, None))
+    axes.set(
+        title="what the stream is divided by",
+        xlabel="|c|",
+        ylabel="scale of ln_final",
+        ylim=(0, None),
+    )
     axes.legend()
     return canvas

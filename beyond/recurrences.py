@@ -40,7 +40,9 @@ FIELD = 24  # sequences for the closed form
 
 
 # ---------- Drawing and solving them ----------
-def draw_linear(draw: Callable, batch: int, length: int, d_vocab: int, c_range: tuple, order: int) -> Sample:
+def draw_linear(
+    draw: Callable, batch: int, length: int, d_vocab: int, c_range: tuple, order: int
+) -> Sample:
     """a_n = c_1 a_{n-1} + ... + c_K a_{n-K} + d, with a_0 .. a_{K-1} and d ~ U[-2, 2]^d_vocab; c [batch, K].
 
     The roots of z^K - c_1 z^{K-1} - ... - c_K are real, from U[c_range], so that K = 1 is the paper's task;
@@ -78,14 +80,18 @@ def solve_linear(x: Tensor, order: int) -> Tensor:
     """
     lags = torch.stack([x[:, order - 1 - i : x.shape[1] - i] for i in range(order)], 2)
     changes = lags.diff(dim=1)  # [batch, .., order, d_vocab]
-    known = changes[:, :-1].transpose(-1, -2).cpu()  # where least squares knows the driver for dependent columns
+    known = (
+        changes[:, :-1].transpose(-1, -2).cpu()
+    )  # where least squares knows the driver for dependent columns
     steps = x.diff(dim=1)[:, order:, :, None].cpu()
     c = torch.linalg.lstsq(known, steps, driver="gelsd").solution.to(x)  # [batch, .., order, 1]
     return x[:, order + 1 :] + (c * changes[:, 1:]).sum(-2)
 
 
 for K in (2, 3):  # K scalars take one equation in R^d_vocab between differences, of K + 2 vectors
-    data.TASKS[f"linear-{K}"] = Task(K + 1, partial(draw_linear, order=K), partial(solve_linear, order=K))
+    data.TASKS[f"linear-{K}"] = Task(
+        K + 1, partial(draw_linear, order=K), partial(solve_linear, order=K)
+    )
 
 
 # ---------- Comparing runs ----------
@@ -123,22 +129,28 @@ def measure(run: str) -> dict:
 
     field = closed_forms(model, x[:FIELD])[:, task.first :]
     of_output = explained(field, output[:FIELD])
-    off = 1 - explained(target[:FIELD], output[:FIELD])  # the model's error, as a share of its output
-    return plain({
-        "task": name,
-        "first determined position": task.first,
-        "MSE, model": model_mse.mean(),
-        "MSE, predicting 0": zero_mse.mean(),
-        "MSE, fixed filter of all vectors": filter_mse.mean(),
-        "MSE, exact solver": solver_mse.mean(),
-        "unexplained share": model_mse.mean() / zero_mse.mean(),
-        "asymmetry with 5, 8, 14 inputs": [asymmetry(model, name, length, generator) for length in LENGTHS],
-        "closed form: of the output": of_output,
-        "closed form: of the error": 1 - (1 - of_output) / off,
-        "by position: model / 0": model_mse / zero_mse,
-        "by position: filter / 0": filter_mse / zero_mse,
-        "by position: solver / 0": solver_mse / zero_mse,
-    })
+    off = 1 - explained(
+        target[:FIELD], output[:FIELD]
+    )  # the model's error, as a share of its output
+    return plain(
+        {
+            "task": name,
+            "first determined position": task.first,
+            "MSE, model": model_mse.mean(),
+            "MSE, predicting 0": zero_mse.mean(),
+            "MSE, fixed filter of all vectors": filter_mse.mean(),
+            "MSE, exact solver": solver_mse.mean(),
+            "unexplained share": model_mse.mean() / zero_mse.mean(),
+            "asymmetry with 5, 8, 14 inputs": [
+                asymmetry(model, name, length, generator) for length in LENGTHS
+            ],
+            "closed form: of the output": of_output,
+            "closed form: of the error": 1 - (1 - of_output) / off,
+            "by position: model / 0": model_mse / zero_mse,
+            "by position: filter / 0": filter_mse / zero_mse,
+            "by position: solver / 0": solver_mse / zero_mse,
+        }
+    )
 
 
 def draw_runs(found: dict[str, dict]) -> Figure:
@@ -147,8 +159,12 @@ def draw_runs(found: dict[str, dict]) -> Figure:
     for axes, (name, values) in zip(panels[0], found.items()):
         positions = range(values["first determined position"], MAX_LENGTH)
         axes.semilogy(positions, values["by position: model / 0"], ".-", color=MODEL, label="model")
-        axes.semilogy(positions, values["by position: filter / 0"], ".-", color=FILTER, label="fixed filter")
-        axes.semilogy(positions, values["by position: solver / 0"], ".-", color=GREY, label="exact solver")
+        axes.semilogy(
+            positions, values["by position: filter / 0"], ".-", color=FILTER, label="fixed filter"
+        )
+        axes.semilogy(
+            positions, values["by position: solver / 0"], ".-", color=GREY, label="exact solver"
+        )
         axes.set_title(name, parse_math=False)
         axes.set(xlabel="position", ylim=(1e-6, 2))
     panels[0, 0].set_ylabel("MSE / MSE of predicting 0")
@@ -173,7 +189,9 @@ def compare(runs: list[str], out: str):
 def main():
     parser = train.command_line(__doc__)
     parser.add_argument("command", choices=("train", "compare"))
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="of train: the task, then options as train.py's")
+    parser.add_argument(
+        "rest", nargs=argparse.REMAINDER, help="of train: the task, then options as train.py's"
+    )
     given = parser.parse_args()
     if given.command == "train":
         tasks = argparse.ArgumentParser(prog=parser.prog, usage=argparse.SUPPRESS, add_help=False)

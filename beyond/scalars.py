@@ -12,11 +12,35 @@ from torch import Tensor
 
 import data
 import interventions
-from analyze import (GREY, LAYERS, SCALE, TRUTH, Finding, Study, grid, heat, identity_cosine, kept, pick,
-                     regress, verdict, write_values)
+from analyze import (
+    GREY,
+    LAYERS,
+    SCALE,
+    TRUTH,
+    Finding,
+    Study,
+    grid,
+    heat,
+    identity_cosine,
+    kept,
+    pick,
+    regress,
+    verdict,
+    write_values,
+)
 from beyond.filter import FILTER, claim, figure, filtered, fitted_filter
-from beyond.symmetry import (CLOSED_FORM, KINDS, LENGTHS, OF_A_KIND, WHERE_IT_ERRS, Shares, fielded,
-                             first_judged, kinds, shares)
+from beyond.symmetry import (
+    CLOSED_FORM,
+    KINDS,
+    LENGTHS,
+    OF_A_KIND,
+    WHERE_IT_ERRS,
+    Shares,
+    fielded,
+    first_judged,
+    kinds,
+    shares,
+)
 from data import FIRST_POSITION, explained
 from model import data_basis, data_ov_circuit
 
@@ -30,7 +54,11 @@ def patterns_and_scales(study: Study, x: Tensor) -> dict[str, Tensor]:
     """What the scalar transformer takes from the model on inputs x; and the output."""
     names = [SCALE]
     for l in study.layers:
-        names += [f"blocks.{l}.attn.hook_pattern", f"blocks.{l}.ln1.hook_scale", f"blocks.{l}.ln2.hook_scale"]
+        names += [
+            f"blocks.{l}.attn.hook_pattern",
+            f"blocks.{l}.ln1.hook_scale",
+            f"blocks.{l}.ln2.hook_scale",
+        ]
     return study.record(x, *names)
 
 
@@ -58,7 +86,8 @@ def mlp_slopes(study: Study) -> Tensor:
 
 def data_steps(taken: dict[str, Tensor], kappa: Tensor, slopes: Tensor) -> dict[str, Tensor]:
     """C after every step, {step: [batch, dest, src]}: the factor with which position n holds a_s, when each
-    head moves data by its kappa and each MLP multiplies it, with the patterns and scales `taken`."""
+    head moves data by its kappa and each MLP multiplies it, with the patterns and scales `taken`.
+    """
     steps = {}
     for l in range(len(kappa)):
         pattern = taken[f"blocks.{l}.attn.hook_pattern"]  # [batch, n_heads, dest, src]
@@ -82,7 +111,9 @@ def source_factors(taken: dict[str, Tensor], kappa: Tensor, slopes: Tensor) -> T
     return data_steps(taken, kappa, slopes)["divided by ln_final"]
 
 
-def scalar_transformer(taken: dict[str, Tensor], kappa: Tensor, slopes: Tensor, x: Tensor) -> Tensor:
+def scalar_transformer(
+    taken: dict[str, Tensor], kappa: Tensor, slopes: Tensor, x: Tensor
+) -> Tensor:
     """Predictions [batch, pos, d_vocab] of the 27 numbers on inputs x."""
     return source_factors(taken, kappa, slopes) @ x
 
@@ -98,8 +129,16 @@ def mean_patterns(study: Study, length: int) -> dict[str, Tensor]:
     return {name: value.mean(0) for name, value in taken.items()}
 
 
-RIVALS = ("the truth", "mean trace", "shuffled", "without layer 2", "mean patterns", "constant weights",
-          "fixed filter", "filter fitted to the model")
+RIVALS = (
+    "the truth",
+    "mean trace",
+    "shuffled",
+    "without layer 2",
+    "mean patterns",
+    "constant weights",
+    "fixed filter",
+    "filter fitted to the model",
+)
 
 
 def predictions(study: Study, kind: str) -> dict[str, Tensor]:
@@ -114,7 +153,9 @@ def predictions(study: Study, kind: str) -> dict[str, Tensor]:
     def predict(kappa: Tensor) -> Tensor:
         return scalar_transformer(taken, kappa, slopes, x)
 
-    patterns = {name: mean.expand(len(x), -1, -1, -1) for name, mean in means.items() if "pattern" in name}
+    patterns = {
+        name: mean.expand(len(x), -1, -1, -1) for name, mean in means.items() if "pattern" in name
+    }
     orders = torch.rand(SHUFFLES, *kappa.shape, generator=study.generator("shuffles")).argsort(-1)
     found = {
         "scalar transformer": predict(kappa),
@@ -160,7 +201,8 @@ def claim_scalar_transformer(study: Study) -> Finding:
     the scalar transformer has 0.97 of the one and 0.9 of the other and all that know less leave at least
     four times as much of the output: the truth, each layer's mean trace, traces shuffled (as a mean), none in
     layer 2, mean patterns, constant weights, the fixed filter, one fitted to the model's own output on this
-    kind. Two such kinds, white noise among them; partly with one. Measured: its output share there."""
+    kind. Two such kinds, white noise among them; partly with one. Measured: its output share there.
+    """
     values = {}
     evidence = []
     for kind in KINDS:
@@ -188,7 +230,9 @@ def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict[str, interventi
     """Hooks that make every head of a layer move data by kappa [n_heads] times I: hook_attn_out gets the
     difference, in what W_U reads, and all that comes later reacts."""
     model = study.model
-    read = torch.linalg.pinv(data_basis(model, layer))  # [d_model, d_vocab]; from layer 1 on this is W_U
+    read = torch.linalg.pinv(
+        data_basis(model, layer)
+    )  # [d_model, d_vocab]; from layer 1 on this is W_U
     write = torch.linalg.pinv(model.unembed.W_U)
     circuits = data_ov_circuit(model, layer)
     multiples = kappa[:, None, None] * torch.eye(circuits.shape[-1], dtype=kappa.dtype)
@@ -271,19 +315,28 @@ def figure_left_of_the_output(study: Study):
     axes = panels[0, 0]
     least = 5e-4
     most = 2.0
-    colors = {"the truth": TRUTH, "fixed filter": FILTER, "filter fitted to the model": "yellowgreen",
-              "scalar transformer": SCALARS, "closed form": CLOSED_FORM}
+    colors = {
+        "the truth": TRUTH,
+        "fixed filter": FILTER,
+        "filter fitted to the model": "yellowgreen",
+        "scalar transformer": SCALARS,
+        "closed form": CLOSED_FORM,
+    }
     for row, kind in enumerate(KINDS):
         found = fielded(study, kind)
         first = first_judged(kind)
-        left = {name: 1 - share.output for name, share in scores(study, kind).items() if name in colors}
+        left = {
+            name: 1 - share.output for name, share in scores(study, kind).items() if name in colors
+        }
         left["closed form"] = 1 - explained(found.prediction[:, first:], found.output[:, first:])
         for name, color in colors.items():
             inside = least <= left[name] <= most
             x = min(max(left[name], least), most)
             marker = "o" if inside else (">" if left[name] > most else "<")
             axes.plot(x, row, marker, ms=8, color=color, label=name if row == 0 else None)
-    axes.set(xscale="log", xlim=(0.8 * least, 1.25 * most), xlabel="share of the output that is left")
+    axes.set(
+        xscale="log", xlim=(0.8 * least, 1.25 * most), xlabel="share of the output that is left"
+    )
     axes.set_title("further left is nearer to the model; an arrow is off the axis")
     axes.set_yticks(range(len(KINDS)), KINDS)
     axes.invert_yaxis()
@@ -294,7 +347,9 @@ def figure_left_of_the_output(study: Study):
 
 @figure(24, "the 27 numbers, and maps that they stand for", 3)
 def figure_scalars(study: Study):
-    canvas, panels = grid(1, 5, 13, 3, "27 numbers, and a 40 x 40 map of each layer that one stands for")
+    canvas, panels = grid(
+        1, 5, 13, 3, "27 numbers, and a 40 x 40 map of each layer that one stands for"
+    )
     kappa = traces(study)
     heads = np.arange(len(study.heads))
     for l in study.layers:
@@ -302,9 +357,13 @@ def figure_scalars(study: Study):
         panels[0, 0].bar(x, kappa[l], color=LAYERS[l % 3], label=f"layer {l}")
         panels[0, 1].bar(l, mlp_slopes(study)[l], color=LAYERS[l % 3])
     panels[0, 0].axhline(0, color=GREY, lw=0.8)
-    panels[0, 0].set(title="$\\kappa$ of each head", xlabel="heads by layer", xticks=[], ylabel="factor")
+    panels[0, 0].set(
+        title="$\\kappa$ of each head", xlabel="heads by layer", xticks=[], ylabel="factor"
+    )
     panels[0, 0].legend()
-    panels[0, 1].set(title="slope of each MLP", xlabel="layer", xticks=study.layers, ylabel="factor")
+    panels[0, 1].set(
+        title="slope of each MLP", xlabel="layer", xticks=study.layers, ylabel="factor"
+    )
     for l in study.layers[:3]:
         axes = panels[0, 2 + l]
         head = int(kappa[l].abs().argmax())
@@ -328,9 +387,13 @@ def figure_worked_pass(study: Study):
     ln1 = taken["blocks.0.ln1.hook_scale"][0, n - 1, 0]
     ln2 = taken["blocks.0.ln2.hook_scale"][0, n, 0]
     final = taken[SCALE][0, n, 0]
-    title = (f"ln1 divides $a_{{{n - 1}}}$ by {ln1:.3f}, ln2 by {ln2:.2f}, ln_final by {final:.2f}\n"
-             f"the last row times $a_s$, summed: {share:.1%} of the output")
-    canvas, panels = grid(1, 1, 9, 4.6, f"What position {n} holds of each source: c = {study.test.c[i]:.2f}")
+    title = (
+        f"ln1 divides $a_{{{n - 1}}}$ by {ln1:.3f}, ln2 by {ln2:.2f}, ln_final by {final:.2f}\n"
+        f"the last row times $a_s$, summed: {share:.1%} of the output"
+    )
+    canvas, panels = grid(
+        1, 1, 9, 4.6, f"What position {n} holds of each source: c = {study.test.c[i]:.2f}"
+    )
     heat(panels[0, 0], matrix, title, "source s", bar="factor")
     write_values(panels[0, 0], matrix)
     panels[0, 0].set_yticks(range(len(steps)), steps)

@@ -26,7 +26,11 @@ from model import load_file, save
 from train import command_line, from_settings, say, to_settings
 
 HERE = Path(__file__).resolve().parent
-VERDICTS = {"reproduced": "#a8d5a2", "partly": "#f6e3a1", "not reproduced": "#eeb4ac"}  # and their colours
+VERDICTS = {
+    "reproduced": "#a8d5a2",
+    "partly": "#f6e3a1",
+    "not reproduced": "#eeb4ac",
+}  # and their colours
 WORDS = {"reproduced": "yes", "partly": "partly", "not reproduced": "no"}
 
 
@@ -58,7 +62,9 @@ def read_results(path: Path, run: Path) -> dict:
         raise ValueError(f"{path} has a verdict that is none of {', '.join(VERDICTS)}")
     weights = run / file
     if not weights.exists() or hashlib.sha256(weights.read_bytes()).hexdigest() != measured:
-        raise ValueError(f"{path} was measured on other weights than {weights}: run the commands again")
+        raise ValueError(
+            f"{path} was measured on other weights than {weights}: run the commands again"
+        )
     return plain(found)
 
 
@@ -67,8 +73,11 @@ def heading(found: dict) -> str:
     meta = found["meta"]
     usual = to_settings(*from_settings({}))
     settings = to_settings(*from_settings(meta["config"])) | {"steps": meta["step"]}
-    unlike = [f"{name} {value}" for name, value in settings.items() if value != usual[name]
-              and name not in ("seed", "act_fn")]
+    unlike = [
+        f"{name} {value}"
+        for name, value in settings.items()
+        if value != usual[name] and name not in ("seed", "act_fn")
+    ]
     return ", ".join([settings["act_fn"], *unlike])
 
 
@@ -110,10 +119,19 @@ def cell(claim: dict) -> str:
 
 def markdown(runs: dict[str, dict]) -> str:
     """seeds.md: a column a run, verdicts and what was measured."""
-    lines = ["# Runs beside one another", "", "Written by `python -m beyond.seeds`; all values: `seeds.json`.", ""]
-    lines += table(["run", "settings unlike the paper's", "seed"],
-                   ([name, heading(found), str(found["meta"]["config"].get("seed", 0))]
-                    for name, found in runs.items()))
+    lines = [
+        "# Runs beside one another",
+        "",
+        "Written by `python -m beyond.seeds`; all values: `seeds.json`.",
+        "",
+    ]
+    lines += table(
+        ["run", "settings unlike the paper's", "seed"],
+        (
+            [name, heading(found), str(found["meta"]["config"].get("seed", 0))]
+            for name, found in runs.items()
+        ),
+    )
     for of_paper, title in ((True, "The paper's claims"), (False, "Ours")):
         rows = []
         for name, claim in claims_of(runs, of_paper).items():
@@ -145,7 +163,9 @@ def draw_grid(runs: dict[str, dict], of_paper: bool) -> Figure:
     axes.imshow(grid, cmap=ListedColormap(list(VERDICTS.values())), vmin=-0.5, vmax=2.5)
 
     # Labels are text: a run may be called _old or $5_x$.
-    labels = [f"{name}: {short(claim['paper'])}" if of_paper else name for name, claim in claims.items()]
+    labels = [
+        f"{name}: {short(claim['paper'])}" if of_paper else name for name, claim in claims.items()
+    ]
     axes.set_yticks(range(len(claims)), labels, fontsize=7.5)
     axes.set_xticks(range(len(runs)), runs, rotation=90, fontsize=7.5, parse_math=False)
     headings = [heading(found) for found in runs.values()]
@@ -158,13 +178,19 @@ def draw_grid(runs: dict[str, dict], of_paper: bool) -> Figure:
         axes.bar(0, 0, color=color, label=verdict)
     axes.set(xlim=(-0.5, len(runs) - 0.5), ylim=(len(claims) - 0.5, -0.5))
     canvas.legend(loc="outside lower center", ncols=3)
-    canvas.suptitle("The paper's claims, with the paper's value, in every run" if of_paper else "Our claims in every run")
+    canvas.suptitle(
+        "The paper's claims, with the paper's value, in every run"
+        if of_paper
+        else "Our claims in every run"
+    )
     return canvas
 
 
 def main():
     parser = command_line(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder with figures/results.json")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folder with figures/results.json"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="where to write")
     given = parser.parse_args()
     try:

@@ -47,8 +47,9 @@ def random_rotation(d: int, generator: torch.Generator) -> Tensor:
     return Q * R.diagonal().sign()
 
 
-def rotated_outputs(model: Transformer, x: Tensor, count: int, generator: torch.Generator,
-                    hooks: dict | None = None) -> Tensor:
+def rotated_outputs(
+    model: Transformer, x: Tensor, count: int, generator: torch.Generator, hooks: dict | None = None
+) -> Tensor:
     """The answers to a turned sequence, turned back, f(x Q) Q^T, for `count` random Q: [count, *x.shape]."""
     outputs = []
     for _ in range(count):
@@ -143,7 +144,8 @@ def claim_rotations(study: Study) -> Finding:
 # ---------- The closed form ----------
 def moments(act_fn: str, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Of f(mu + s z), z ~ N(0, 1), for an activation function f: its mean E[f(mu + s z)] and its mean slope
-    E[f(mu + s z) z] / s (Stein's lemma), each in the shape of mu and s. ReLU exactly, others by quadrature."""
+    E[f(mu + s z) z] / s (Stein's lemma), each in the shape of mu and s. ReLU exactly, others by quadrature.
+    """
     s = s.clamp_min(1e-12)
     if act_fn == "relu":
         normal = torch.distributions.Normal(0.0, 1.0)
@@ -192,7 +194,9 @@ def attend(attn: Attention, rows: Tensor, at: Hooks) -> Tensor:
     # Scores have two parts: what t says, numbers, and inner products of vectors.
     numbers = torch.einsum("hqe,hke->hqk", q[:, :, -1], k[:, :, -1])
     vectors = torch.einsum("hqre,hkre->hqk", q[:, :, :-1], k[:, :, :-1])
-    parts = at(f"{attn.name}.hook_attn_scores", torch.stack([numbers, vectors]))  # [2, head, dest, src]
+    parts = at(
+        f"{attn.name}.hook_attn_scores", torch.stack([numbers, vectors])
+    )  # [2, head, dest, src]
     scores = parts.sum(0) / attn.d_head**0.5
     future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
     pattern = scores.masked_fill(future, -torch.inf).softmax(-1)  # [n_heads, dest, src]
@@ -260,7 +264,9 @@ def closed_form(model: Transformer, x: Tensor, hooks: dict | None = None) -> Ten
 
     # The mean over Q of Q M Q^T, M = A W_U, commutes with every rotation: it is trace(M) / d_vocab times I.
     # What t and b_U say is turned back by Q^T and averages out.
-    A = stream[:, :-1].unflatten(1, (-1, config.d_vocab)) * config.d_vocab**0.5  # [pos, R, d_vocab, d_model]
+    A = (
+        stream[:, :-1].unflatten(1, (-1, config.d_vocab)) * config.d_vocab**0.5
+    )  # [pos, R, d_vocab, d_model]
     factors = torch.einsum("prvd,dv->pr", A, model.unembed.W_U) / config.d_vocab
     return factors @ e
 
@@ -281,7 +287,9 @@ def whole_maps(model: Transformer, x: Tensor, stream: Tensor) -> Tensor:
 
 # ---------- Kinds of sequences ----------
 KINDS = ("recurrences", "4 inputs", "|c| 2.5 to 3", "two growths", "noise 0.1", "white noise")
-WHERE_IT_ERRS = KINDS[2:]  # on the first two the truth nearly is the model, so that little is told apart
+WHERE_IT_ERRS = KINDS[
+    2:
+]  # on the first two the truth nearly is the model, so that little is told apart
 
 
 @kept
@@ -345,7 +353,9 @@ class Fielded(NamedTuple):
     truth: Tensor
     output: Tensor
     prediction: Tensor
-    activations: list[dict[str, Tensor]]  # of the closed form, by sequence: attention scores, final stream
+    activations: list[
+        dict[str, Tensor]
+    ]  # of the closed form, by sequence: attention scores, final stream
 
 
 def few(study: Study, count: int) -> int:
@@ -358,14 +368,19 @@ def fielded(study: Study, kind: str) -> Fielded:
     counts = {"recurrences": RECURRENCES, "noise 0.1": NOISE_FIELD, "white noise": NOISE_FIELD}
     count = few(study, counts.get(kind, FIELD))
     x, truth = kinds(study)[kind]
-    names = ["ln_final.hook_normalized", *(f"blocks.{l}.attn.hook_attn_scores" for l in study.layers)]
+    names = [
+        "ln_final.hook_normalized",
+        *(f"blocks.{l}.attn.hook_attn_scores" for l in study.layers),
+    ]
     predictions = []
     activations: list[dict] = []
     for sequence in x[:count]:
         activations.append({})
         hooks = interventions.record(names, activations[-1])
         predictions.append(closed_form(study.model, sequence, hooks))
-    return Fielded(x[:count], truth[:count], study.model(x[:count]), torch.stack(predictions), activations)
+    return Fielded(
+        x[:count], truth[:count], study.model(x[:count]), torch.stack(predictions), activations
+    )
 
 
 @kept
@@ -402,7 +417,9 @@ def claim_mean_field(study: Study) -> Finding:
 
     # The closed form against what it stands for.
     recurrences = fielded(study, "recurrences")
-    sampled = rotated_outputs(study.model, recurrences.x, SAMPLED, study.generator("sampled rotations"))
+    sampled = rotated_outputs(
+        study.model, recurrences.x, SAMPLED, study.generator("sampled rotations")
+    )
     sampling = sampled.var(0)[:, FIRST_POSITION:].mean() / SAMPLED
     mse_sampled = data.mse(sampled.mean(0), recurrences.truth) - sampling
     mse_field = data.mse(recurrences.prediction, recurrences.truth)
@@ -425,11 +442,19 @@ def claim_mean_field(study: Study) -> Finding:
     for kind in KINDS:
         values[f"{kind}: of the output"] = by_kind[kind].output
         values[f"{kind}: of the error"] = by_kind[kind].error
-    values["MSE on recurrences: model, mean field"] = [data.mse(recurrences.output, recurrences.truth), mse_field]
+    values["MSE on recurrences: model, mean field"] = [
+        data.mse(recurrences.output, recurrences.truth),
+        mse_field,
+    ]
     values["MSE on recurrences, mean of all rotations (100 sampled)"] = mse_sampled
     streams = [activations["ln_final.hook_normalized"] for activations in recurrences.activations]
-    maps = torch.stack([whole_maps(study.model, x, stream) for x, stream in zip(recurrences.x, streams)])
-    t = torch.stack([stream[:, -1] for stream in streams]) @ study.model.unembed.W_U + study.model.unembed.b_U
+    maps = torch.stack(
+        [whole_maps(study.model, x, stream) for x, stream in zip(recurrences.x, streams)]
+    )
+    t = (
+        torch.stack([stream[:, -1] for stream in streams]) @ study.model.unembed.W_U
+        + study.model.unembed.b_U
+    )
     values["MSE on recurrences, whole maps"] = data.mse(maps, recurrences.truth)
     values["MSE on recurrences, whole maps and t"] = data.mse(maps + t, recurrences.truth)
     how = verdict(all_output and all_error and is_the_mean and min(times) >= 3, on_white_noise)
@@ -439,14 +464,17 @@ def claim_mean_field(study: Study) -> Finding:
 # ---------- Where vectors are compared ----------
 def score_variances(study: Study) -> tuple[list[Tensor], list[Tensor]]:
     """Variance over sequences, in the mean field of recurrences, of the numbers' and of the vectors' part of
-    the scores of each layer, less their mean over the sources of a row, which a softmax does not see."""
+    the scores of each layer, less their mean over the sources of a row, which a softmax does not see.
+    """
     sequences = fielded(study, "recurrences").activations
     past = torch.ones(MAX_LENGTH, MAX_LENGTH).tril()
     numbers = []
     vectors = []
     for l in study.layers:
         name = f"blocks.{l}.attn.hook_attn_scores"
-        parts = torch.stack([sequence[name] for sequence in sequences])  # [batch, 2, n_heads, dest, src]
+        parts = torch.stack(
+            [sequence[name] for sequence in sequences]
+        )  # [batch, 2, n_heads, dest, src]
         row_mean = (parts * past).sum(-1, keepdim=True) / past.sum(-1, keepdim=True)
         variance = ((parts - row_mean) * past).var(0).sum((-2, -1)) / past.sum()  # [2, n_heads]
         numbers.append(variance[0].mean())
@@ -457,7 +485,8 @@ def score_variances(study: Study) -> tuple[list[Tensor], list[Tensor]]:
 @kept
 def without_directions(study: Study) -> Tensor:
     """MSE, relative to the unchanged model's, with queries and keys of a layer held at their mean over
-    rotations of the inputs, so that its attention sees numbers and no directions: [layer, LENGTHS]."""
+    rotations of the inputs, so that its attention sees numbers and no directions: [layer, LENGTHS].
+    """
     rows = []
     for l in study.layers:
         row = []
@@ -615,7 +644,9 @@ def figure_rotations(study: Study):
 
 @figure(23, "where vectors are compared, and the numbers beside them", 3)
 def figure_angles(study: Study):
-    canvas, panels = grid(1, 3, 12, 4, "Vectors are compared once, in layer 0; beside them a few numbers")
+    canvas, panels = grid(
+        1, 3, 12, 4, "Vectors are compared once, in layer 0; beside them a few numbers"
+    )
     axes = panels[0, 0]
     times = without_directions(study)
     for l in study.layers:
@@ -631,14 +662,18 @@ def figure_angles(study: Study):
     layers = np.array(study.layers)
     axes.bar(layers - 0.2, numbers, 0.38, color=GREY, label="the numbers' part")
     axes.bar(layers + 0.2, vectors, 0.38, color=TRUTH, label="the vectors' part")
-    axes.set(title="what attention scores consist of", yscale="log", ylabel="variance over sequences")
+    axes.set(
+        title="what attention scores consist of", yscale="log", ylabel="variance over sequences"
+    )
     axes.set_xticks(study.layers, [f"layer {l}" for l in study.layers])
     axes.legend()
 
     axes = panels[0, 2]
     found = fielded(study, "recurrences")
     truth = found.truth[:RESTRICTED]
-    axes.semilogy(DIRECTIONS, restricted_mses(study), "o-", color=CLOSED_FORM, label="closed form, k numbers")
+    axes.semilogy(
+        DIRECTIONS, restricted_mses(study), "o-", color=CLOSED_FORM, label="closed form, k numbers"
+    )
     unrestricted = data.mse(found.prediction[:RESTRICTED], truth)
     axes.axhline(unrestricted, color=CLOSED_FORM, ls="--", label="closed form, all 128")
     axes.axhline(data.mse(found.output[:RESTRICTED], truth), color=MODEL, label="the model")

@@ -24,7 +24,9 @@ import train
 from test_all import SHIPPED, TestCase, command, read, seeded
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-KAPPA = torch.tensor([[0.3, 1.3], [-0.7, 0.3], [-1.7, -0.7]]).double()  # of the heads of built_model
+KAPPA = torch.tensor(
+    [[0.3, 1.3], [-0.7, 0.3], [-1.7, -0.7]]
+).double()  # of the heads of built_model
 SLOPES = torch.tensor([1.0, 0.6, 0.2]).double()  # and of its MLPs
 
 
@@ -35,7 +37,9 @@ def built_model(mlps: bool) -> model.Transformer:
     Attention compares what a layer reads of both, each with itself. An MLP copies data, times a slope, by
     pairs of ReLUs, or does nothing.
     """
-    config = model.Config(d_vocab=5, d_model=16, d_head=8, d_mlp=10, n_heads=2, n_layers=3, n_ctx=16)
+    config = model.Config(
+        d_vocab=5, d_model=16, d_head=8, d_mlp=10, n_heads=2, n_layers=3, n_ctx=16
+    )
     net = model.fold(model.Transformer(config, seeded()).double()).requires_grad_(False)
     basis = torch.linalg.svd(torch.ones(1, 16).double())[2][1:]  # what a LayerNorm leaves alone
     enters, written, rest = basis[:5], basis[5:10], basis[10:]
@@ -74,6 +78,25 @@ def shipped() -> analyze.Study:
         return analyze.open_study(SHIPPED)
 
 
+FEW = {
+    "SEQUENCES": 40,
+    "PER_LENGTH": 20,
+    "SAMPLED": 60,
+    "RECURRENCES": 10,
+    "FIELD": 6,
+    "NOISE_FIELD": 2,
+    "OTHERS": 20,
+    "RESTRICTED": 6,
+    "OF_A_KIND": 60,
+}
+
+
+def setUpModule():
+    patch = mock.patch.multiple(symmetry, **FEW)
+    patch.start()
+    unittest.addModuleCleanup(patch.stop)
+
+
 def verdict_of(claim, **replaced) -> str:
     """The verdict on the shipped weights with functions of symmetry.py replaced."""
     with mock.patch.multiple(symmetry, **replaced):
@@ -87,7 +110,9 @@ class Filter(TestCase):
         error = lambda row: (row @ a[:, :-1] - a[:, 14]).pow(2).mean()
         for step in torch.randn(5, 14, generator=seeded(), dtype=torch.double):
             self.assertLess(error(K[13]), error(K[13] + 0.05 * step))
-        self.assertClose(K.sum(1)[6:], 1, 0.05)  # a sequence that stands still goes on standing still
+        self.assertClose(
+            K.sum(1)[6:], 1, 0.05
+        )  # a sequence that stands still goes on standing still
         self.assertTrue(torch.equal(K.triu(1), torch.zeros_like(K)))
 
     def test_a_fitted_filter_finds_a_filter_from_the_other_half_alone(self):
@@ -101,7 +126,11 @@ class Filter(TestCase):
 
     def test_the_claim_needs_a_model_that_leads_early_and_trails_late(self):
         model_mse = torch.ones(12)
-        for early, late, expected in ((3, 0.4, "reproduced"), (3, 0.6, "partly"), (1.5, 0.4, "not reproduced")):
+        for early, late, expected in (
+            (3, 0.4, "reproduced"),
+            (3, 0.6, "partly"),
+            (1.5, 0.4, "not reproduced"),
+        ):
             fixed = torch.cat([torch.full((5,), early), torch.ones(5), torch.full((2,), late)])
             with mock.patch.object(filter, "by_position", side_effect=[model_mse, fixed]):
                 self.assertEqual(filter.claim_fixed_filter(shipped()).verdict, expected)
@@ -130,7 +159,9 @@ class ClosedForm(TestCase):
             self.assertClose(symmetry.closed_forms(net, inputs), net(inputs), 1e-9)
         blind = built_model(mlps=False)
         blind.blocks[0].attn.W_Q.zero_()
-        self.assertGreater((blind(x) - net(x)).abs().max(), 1e-3)  # and its attention does compare vectors
+        self.assertGreater(
+            (blind(x) - net(x)).abs().max(), 1e-3
+        )  # and its attention does compare vectors
 
     def test_moments_are_those_of_samples(self):
         z = torch.randn(400_000, generator=seeded(), dtype=torch.double)
@@ -144,7 +175,10 @@ class ClosedForm(TestCase):
         self.assertEqual((mean.tolist(), slope.tolist()), ([0, 2], [0, 1]))
 
     def test_coordinates_are_those_of_the_span(self):
-        for x, dimensions in ((data.sample(1, 14, seeded()).inputs[0], 2), (torch.randn(14, 40), 14)):
+        for x, dimensions in (
+            (data.sample(1, 14, seeded()).inputs[0], 2),
+            (torch.randn(14, 40), 14),
+        ):
             L, e = symmetry.coordinates(x)
             self.assertEqual(len(e), dimensions)
             self.assertClose(L @ e, x, 1e-5)
@@ -160,9 +194,13 @@ class ClosedForm(TestCase):
         actual = symmetry.fielded
 
         def told(prediction):
-            return lambda study, kind: actual(study, kind)._replace(prediction=prediction(actual(study, kind)))
+            return lambda study, kind: actual(study, kind)._replace(
+                prediction=prediction(actual(study, kind))
+            )
 
-        self.assertEqual(verdict_of(symmetry.claim_mean_field, fielded=told(lambda f: f.truth)), "not reproduced")
+        self.assertEqual(
+            verdict_of(symmetry.claim_mean_field, fielded=told(lambda f: f.truth)), "not reproduced"
+        )
         filtered = told(lambda f: filter.filtered(f.x))
         self.assertEqual(verdict_of(symmetry.claim_mean_field, fielded=filtered), "not reproduced")
         strong = lambda study, kind: {"a rival": 0.005}
@@ -186,7 +224,9 @@ class Symmetry(TestCase):
 
     def test_a_symmetric_model_has_no_asymmetry_and_fails_the_claim(self):
         net, x = built_model(mlps=False), sequences().inputs
-        self.assertClose(symmetry.rotated_outputs(net.float(), x.float(), 4, seeded()).var(0), 0, 1e-9)
+        self.assertClose(
+            symmetry.rotated_outputs(net.float(), x.float(), 4, seeded()).var(0), 0, 1e-9
+        )
         self.assertEqual(symmetry.claim_rotations(shipped()).verdict, "reproduced")
         actual = symmetry.turned
 
@@ -212,7 +252,9 @@ class Symmetry(TestCase):
                 sums[name] = sums.get(name, 0) + value / 64
         output = net(x)
         noise = 0.02 * torch.randn(output.shape, generator=seeded(), dtype=torch.double)
-        sample = mock.Mock(inputs=x, targets=output + noise)  # what the model is a little wrong about
+        sample = mock.Mock(
+            inputs=x, targets=output + noise
+        )  # what the model is a little wrong about
         found = symmetry.Turned(sample, output, None, sums)
         study = mock.Mock(model=net, layers=range(3))
         with mock.patch.object(symmetry, "turned", lambda study, length: found):
@@ -222,26 +264,38 @@ class Symmetry(TestCase):
         self.assertEqual(self.judged(times), "not reproduced")
 
     def judged(self, times: torch.Tensor) -> str:
-        replaced = {"without_directions": lambda study: times, "score_variances": lambda study: ([], [])}
+        replaced = {
+            "without_directions": lambda study: times,
+            "score_variances": lambda study: ([], []),
+        }
         return verdict_of(symmetry.claim_angles, **replaced)
 
     def test_angles_is_judged_as_its_docstring_says(self):
         ones = [1.0, 1.0, 1.0]
-        for expected, times in (("reproduced", [[6, 6, 3], ones, [1.4, 1, 1]]),
-                                ("partly", [[20, 10, 3], ones, [2, 2, 2]]),
-                                ("partly", [[6, 6, 1.5], ones, ones]),
-                                ("not reproduced", [[9, 9, 5], ones, [2, 2, 2]]),
-                                ("not reproduced", [[4, 4, 4], ones, ones])):
+        for expected, times in (
+            ("reproduced", [[6, 6, 3], ones, [1.4, 1, 1]]),
+            ("partly", [[20, 10, 3], ones, [2, 2, 2]]),
+            ("partly", [[6, 6, 1.5], ones, ones]),
+            ("not reproduced", [[9, 9, 5], ones, [2, 2, 2]]),
+            ("not reproduced", [[4, 4, 4], ones, ones]),
+        ):
             self.assertEqual(self.judged(torch.tensor(times)), expected)
 
     def test_eight_numbers_are_the_first_ones(self):
         self.assertEqual(symmetry.claim_numbers(shipped()).verdict, "reproduced")
         actual = symmetry.number_directions(shipped())
-        last_first = {name: point._replace(directions=point.directions.flip(0)) for name, point in actual.items()}
+        last_first = {
+            name: point._replace(directions=point.directions.flip(0))
+            for name, point in actual.items()
+        }
         with mock.patch.object(symmetry, "number_directions", lambda study: last_first):
             mses = symmetry.restricted_mses.__wrapped__(shipped())
-        self.assertEqual(verdict_of(symmetry.claim_numbers, restricted_mses=lambda study: mses), "not reproduced")
-        with mock.patch.object(symmetry, "DIRECTIONS", (128,)):  # all of them: nothing is restricted
+        self.assertEqual(
+            verdict_of(symmetry.claim_numbers, restricted_mses=lambda study: mses), "not reproduced"
+        )
+        with mock.patch.object(
+            symmetry, "DIRECTIONS", (128,)
+        ):  # all of them: nothing is restricted
             unrestricted = symmetry.restricted_mses.__wrapped__(shipped())[0]
         found = symmetry.fielded(shipped(), "recurrences")
         self.assertClose(unrestricted / data.mse(found.prediction, found.truth), 1, 1e-3)
@@ -263,7 +317,9 @@ class Symmetry(TestCase):
         output = shipped().model(x)
         half = symmetry.shares((output + truth) / 2, output, truth, "white noise")
         self.assertAlmostEqual(half.error, 0.75, places=4)  # half as far off: a quarter is left
-        self.assertAlmostEqual(symmetry.shares(output, output, truth, "white noise").error, 1, places=5)
+        self.assertAlmostEqual(
+            symmetry.shares(output, output, truth, "white noise").error, 1, places=5
+        )
 
 
 class Scalars(TestCase):
@@ -293,27 +349,44 @@ class Scalars(TestCase):
         self.assertGreater((net(x, hooks=none) - output).abs().max(), 1e-3)
 
     def test_put_in_fails_where_a_layer_minds(self):
-        fine = {"layer 0 as a whole": [1.5] * 3, "layer 1's heads": [1.0] * 3, "layer 2's heads": [1.0] * 3,
-                "layer 2's heads, 0": [9.0] * 3}
-        for changes, expected in (({}, "reproduced"), ({"layer 0 as a whole": [3.0] * 3}, "partly"),
-                                  ({"layer 1's heads": [1.1] * 3}, "not reproduced"),
-                                  ({"layer 2's heads, 0": [2.0] * 3}, "not reproduced")):
+        fine = {
+            "layer 0 as a whole": [1.5] * 3,
+            "layer 1's heads": [1.0] * 3,
+            "layer 2's heads": [1.0] * 3,
+            "layer 2's heads, 0": [9.0] * 3,
+        }
+        for changes, expected in (
+            ({}, "reproduced"),
+            ({"layer 0 as a whole": [3.0] * 3}, "partly"),
+            ({"layer 1's heads": [1.1] * 3}, "not reproduced"),
+            ({"layer 2's heads, 0": [2.0] * 3}, "not reproduced"),
+        ):
             with mock.patch.object(scalars, "put_in", return_value=fine | changes):
                 self.assertEqual(scalars.claim_put_in(shipped()).verdict, expected)
 
     def test_a_kind_is_evidence_only_where_every_rival_leaves_four_times_as_much(self):
         rivals = scalars.RIVALS
 
-        def judge(left: dict[str, float], strong: str = "", ours: float = 0.99, error: float = 0.95) -> str:
+        def judge(
+            left: dict[str, float], strong: str = "", ours: float = 0.99, error: float = 0.95
+        ) -> str:
             """The verdict where rivals leave 0.03, or `left` on these kinds but for a `strong` one."""
+
             def scores(_, kind):
-                found = dict.fromkeys((*rivals, "without layer 1"), symmetry.Shares(1 - left.get(kind, 0.03), 0))
+                found = dict.fromkeys(
+                    (*rivals, "without layer 1"), symmetry.Shares(1 - left.get(kind, 0.03), 0)
+                )
                 found[strong] = symmetry.Shares(0.97, 0)
                 return found | {"scalar transformer": symmetry.Shares(ours, error)}
+
             with mock.patch.object(scalars, "scores", scores):
                 return scalars.claim_scalar_transformer(shipped()).verdict
 
-        predictors = {"scalar transformer", "without layer 1", *rivals}  # all but these two are rivals
+        predictors = {
+            "scalar transformer",
+            "without layer 1",
+            *rivals,
+        }  # all but these two are rivals
         self.assertEqual(set(scalars.predictions(shipped(), "4 inputs")), predictors)
         two = {"white noise": 0.05, "noise 0.1": 0.05}
         self.assertEqual(judge(two), "reproduced")
@@ -341,8 +414,11 @@ class Gain(TestCase):
         self.assertClose(gain.mended(arms), 0.8, 1e-6)
         self.assertClose(gain.comes_back(arms), 0.6, 1e-6)
         other = gain.Arms(clean, ablated, 9 * clean, 3 * clean)
-        for layers, expected in (((other, arms, other), "reproduced"), ((arms, arms, other), "partly"),
-                                 ((other, other, other), "not reproduced")):
+        for layers, expected in (
+            ((other, arms, other), "reproduced"),
+            ((arms, arms, other), "partly"),
+            ((other, other, other), "not reproduced"),
+        ):
             layers = [gain.Arms(*(number.expand(5) for number in layer)) for layer in layers]
             with mock.patch.object(gain, "arms", lambda study, l: layers[l]):
                 self.assertEqual(gain.claim_gain_control(shipped()).verdict, expected)
@@ -355,31 +431,44 @@ class Recurrences(TestCase):
             for length in (task.first + 1, 14):
                 sample = data.sample(200, length, seeded(), task=name, dtype=torch.float64)
                 with self.subTest(name, length=length):
-                    self.assertClose(task.solve(sample.inputs), sample.targets[:, task.first :], 1e-9)
+                    self.assertClose(
+                        task.solve(sample.inputs), sample.targets[:, task.first :], 1e-9
+                    )
 
     def test_sequences_obey_their_recurrence(self):
         for K in (2, 3):
             a, c, d = data.sample(50, 12, seeded(), task=f"linear-{K}", dtype=torch.float64)
-            expected = sum(c[:, i, None, None] * a[:, K - 1 - i : -1 - i] for i in range(K)) + d[:, None]
+            expected = (
+                sum(c[:, i, None, None] * a[:, K - 1 - i : -1 - i] for i in range(K)) + d[:, None]
+            )
             self.assertClose(a[:, K:], expected, 1e-9)
 
     def test_a_task_trains_from_its_first_position_on_resumes_and_is_compared(self):
         out = os.path.join(self.folder(), "_$5_x$")
         small = ["--d-mlp", "16", "--eval-every", "2", "--device", "cpu", "--out", out]
-        few = mock.patch.object(recurrences, "TESTED", 20), mock.patch.object(recurrences, "FIELD", 2)
+        few = mock.patch.object(recurrences, "TESTED", 20), mock.patch.object(
+            recurrences, "FIELD", 2
+        )
         with mock.patch.object(train, "HELD_OUT_PER_LENGTH", 2), few[0], few[1]:
             for more in (["--steps", "2"], ["--steps", "4", "--resume"]):
                 status, _, err = command(recurrences.main, "train", "linear-2", *more, *small)
                 self.assertEqual(status, 0, err)
             config = model.load_file(os.path.join(out, "config.json"), "JSON")[0]
-            self.assertEqual((config["task"], config["loss_from"], config["steps"]), ("linear-2", 3, 4))
-            status, _, err = command(recurrences.main, "compare", out, "--out", os.path.join(out, "c"))
+            self.assertEqual(
+                (config["task"], config["loss_from"], config["steps"]), ("linear-2", 3, 4)
+            )
+            status, _, err = command(
+                recurrences.main, "compare", out, "--out", os.path.join(out, "c")
+            )
         self.assertEqual(status, 0, err)
         found = model.load_file(os.path.join(out, "c", "recurrences.json"), "JSON")[0]
         self.assertEqual([run["task"] for run in found.values()], ["linear-2"])
-        for status, says, arguments in ((2, "invalid choice", ["train", "nonsense"]), (2, "required", []),
-                                        (2, "invalid choice", ["train", "affine"]),
-                                        (1, "no weights file", ["compare", out + "x"])):
+        for status, says, arguments in (
+            (2, "invalid choice", ["train", "nonsense"]),
+            (2, "required", []),
+            (2, "invalid choice", ["train", "affine"]),
+            (1, "no weights file", ["compare", out + "x"]),
+        ):
             self.assertRefused(status, says, recurrences.main, *arguments)
         for arguments in (["train", "--help"], ["train", "linear-2", "--help"]):
             status, said, _ = command(recurrences.main, *arguments)
@@ -391,14 +480,18 @@ class Seeds(TestCase):
     def runs(self, changes: dict[str, dict]) -> dict[str, str]:
         """Run folders, {name: path}, with the shipped weights and results, and changes of config.json."""
         folder = self.folder()
-        results = model.load_file(os.path.join(os.path.dirname(HERE), "figures", "results.json"), "JSON")[0]
+        results = model.load_file(
+            os.path.join(os.path.dirname(HERE), "figures", "results.json"), "JSON"
+        )[0]
         paths = {}
         for name, change in changes.items():
             paths[name] = os.path.join(folder, name)
             os.makedirs(os.path.join(paths[name], "figures"))
             shutil.copy(os.path.join(SHIPPED, "weights.pt"), paths[name])
             meta = results["meta"] | {"config": results["meta"]["config"] | change}
-            model.save(results | {"meta": meta}, os.path.join(paths[name], "figures", "results.json"))
+            model.save(
+                results | {"meta": meta}, os.path.join(paths[name], "figures", "results.json")
+            )
         return paths
 
     def compare(self, *runs: str) -> dict:
@@ -410,7 +503,12 @@ class Seeds(TestCase):
         return json.loads(read(os.path.join(out, "seeds.json")), parse_constant=strict)["runs"]
 
     def test_settings_but_for_the_seed_are_headings(self):
-        changes = {"one": {"seed": 1}, "other": {"lr": 0.1}, "old": {"tf32": False}, "gelu": {"act_fn": "gelu_new"}}
+        changes = {
+            "one": {"seed": 1},
+            "other": {"lr": 0.1},
+            "old": {"tf32": False},
+            "gelu": {"act_fn": "gelu_new"},
+        }
         found = self.compare(SHIPPED, *self.runs(changes).values())
         self.assertEqual(list(found), ["weights", "one", "old", "other", "gelu"])
         headings = [seeds.heading(run) for run in found.values()]
@@ -429,9 +527,13 @@ class Seeds(TestCase):
         path = self.runs({"run": {}})["run"]
         with open(os.path.join(path, "weights.pt"), "ab") as f:
             f.write(b"trained further")
-        self.assertRefused(1, "was measured on other weights than", seeds.main, path, "--out", path + "x")
+        self.assertRefused(
+            1, "was measured on other weights than", seeds.main, path, "--out", path + "x"
+        )
         model.save({"meta": {}, "claims": {}}, os.path.join(path, "figures", "results.json"))
-        self.assertRefused(1, "is not as the two commands write it", seeds.main, path, "--out", path + "x")
+        self.assertRefused(
+            1, "is not as the two commands write it", seeds.main, path, "--out", path + "x"
+        )
         self.assertRefused(1, "there is no result", seeds.main, path + "y", "--out", path + "x")
         self.assertFalse(os.path.exists(path + "x"))
 
@@ -439,7 +541,9 @@ class Seeds(TestCase):
 class Committed(TestCase):
     def test_committed_results_are_those_of_the_shipped_weights(self):
         results = model.load_file(os.path.join(HERE, "figures", "mechanism.json"), "JSON")[0]
-        self.assertEqual(results["meta"]["sha256"], model.load_weights(f"{SHIPPED}/weights.pt").sha256)
+        self.assertEqual(
+            results["meta"]["sha256"], model.load_weights(f"{SHIPPED}/weights.pt").sha256
+        )
         values = results["claims"]["scalar_transformer"]["values"]
         self.assertClose(scalars.traces(shipped()), torch.tensor(values["kappa"]), 1e-4)
         x = symmetry.kinds(shipped())["recurrences"][0][:2]
@@ -450,10 +554,14 @@ class Committed(TestCase):
         claims = analyze.PAPER.claims | filter.OURS.claims
         for run, found in together.items():
             for name, of_run in found["claims"].items():
-                self.assertEqual(of_run["why"], " ".join(claims[name].function.__doc__.split()), (run, name))
+                self.assertEqual(
+                    of_run["why"], " ".join(claims[name].function.__doc__.split()), (run, name)
+                )
         ours = model.load_file(os.path.join(HERE, "figures", "mechanism.json"), "JSON")[0]["claims"]
         for name, found in ours.items():
-            self.assertEqual(found["measured"], together["weights"]["claims"][name]["measured"], name)
+            self.assertEqual(
+                found["measured"], together["weights"]["claims"][name]["measured"], name
+            )
 
     def test_every_claim_has_a_figure_that_is_drawn_wherever_it_is_measured(self):
         self.assertEqual(sorted(filter.OURS.figures), list(range(19, 27)))
