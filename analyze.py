@@ -14,9 +14,8 @@ needs nothing else than to stand among them, which are in the order of the paper
 import os
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = (
-        "agg"  # nothing is shown here, and a user's choice may not be installed
-    )
+    # Nothing is shown here, and what a user has chosen may not be installed.
+    os.environ["MPLBACKEND"] = "agg"
 
 import contextlib
 import functools
@@ -308,9 +307,8 @@ def open_study(run: str, step: int | None = None) -> Study:
 
 def read_log(path: str) -> dict[str, np.ndarray]:
     """The columns of log.csv by name. ValueError unless there is one, of finite numbers."""
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # no file; no rows, ragged ones, or words in them
+    # No file; no rows, ragged ones, or words in them.
+    with contextlib.suppress(OSError, ValueError):
         with open(path, errors="replace") as f:
             lines = [line.split(",") for line in f.read().split()]
         names = lines[0] if lines else []
@@ -1611,10 +1609,8 @@ def measure(entry: Entry, study: Study) -> dict:
 
 
 # ---------- The command ----------
-UNMEASURABLE = (
-    torch.linalg.LinAlgError,
-    FloatingPointError,
-)  # a singular matrix, a number that is none
+# A singular matrix, a number that is none.
+UNMEASURABLE = (torch.linalg.LinAlgError, FloatingPointError)
 
 
 def analyse(catalogue: Catalogue, study: Study, out: str, wanted: list[int], name: str):

@@ -18,9 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-D_VOCAB = (
-    40  # dim(a_n): the paper keeps the name from token models, although there is no vocabulary
-)
+D_VOCAB = 40  # dim(a_n): the paper keeps the name from token models, although there is no vocabulary
 N_CTX = 32  # positions the model has embeddings for
 MIN_LENGTH, MAX_LENGTH = 3, 14  # inputs in a training sequence, both ends included
 FIRST_POSITION = 2  # output position 2 predicts a_3, the first vector that its inputs determine
@@ -69,9 +67,7 @@ def draw_affine(draw: Callable, batch: int, length: int, d_vocab: int, c_range: 
     # Solved in closed form, without a loop over k: a_k = c^k a_0 + (1 + c + ... + c^{k-1}) d.
     powers = c[:, None] ** torch.arange(length + 1, device=c.device)  # [batch, length + 1]
     sums = powers.cumsum(1) - powers
-    a = (
-        powers[..., None] * a_0[:, None] + sums[..., None] * d[:, None]
-    )  # [batch, length + 1, d_vocab]
+    a = powers[..., None] * a_0[:, None] + sums[..., None] * d[:, None]  # [batch, length + 1, d_vocab]
     a, scale = normalise(a, r)
     return Sample(a, c, d * scale[:, None])
 
@@ -89,6 +85,7 @@ def solve_recurrence(x: Tensor) -> Tensor:
     third = x[:, 2:]
     step = second - first
     next_step = third - second
+
     squared = (step**2).sum(-1, keepdim=True)
     product = (step * next_step).sum(-1, keepdim=True)
     c = torch.where(squared > 0, product / squared, 0.0)
@@ -111,9 +108,8 @@ class Task:
         return range(shortest, MAX_LENGTH + 1)
 
 
-TASKS = {
-    "affine": Task(FIRST_POSITION, draw_affine, solve_recurrence)
-}  # beyond/recurrences.py adds others
+# Beyond/recurrences.py adds others.
+TASKS = {"affine": Task(FIRST_POSITION, draw_affine, solve_recurrence)}
 
 
 def find_task(name: str) -> Task:

@@ -107,9 +107,7 @@ def replace_outputs(
         by_layer.setdefault(layer, []).append(head)
 
     def swap_heads(new: Tensor, chosen: list[int]) -> Hook:
-        def swap(
-            z: Tensor,
-        ) -> Tensor:  # [batch, pos, n_heads, d_head], a copy that may be written into
+        def swap(z: Tensor) -> Tensor:  # [batch, pos, n_heads, d_head], a copy that may be written into
             z[:, :, chosen] = broadcast(new, z)[:, :, chosen]
             return z
 

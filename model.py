@@ -470,9 +470,7 @@ def load_file(path: str, what: str) -> tuple[dict, str]:
             value = json.loads(content)
         else:
             value = torch.load(io.BytesIO(content), "cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch.load has no common type for what a damaged file makes it raise
+    except Exception as error:  # torch.load has no common type for what a damaged file makes it raise
         message = (
             f"{path} is damaged or is no {what} as train.py writes it ({type(error).__name__})"
         )

@@ -37,9 +37,8 @@ torch.set_num_threads(1)  # programs with two threads each slow one another ten 
 os.environ["OMP_NUM_THREADS"] = "1"  # in those that the tests start too
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHIPPED = os.path.join(HERE, "weights")
-BEYOND = os.path.exists(
-    os.path.join(HERE, "beyond", "test_beyond.py")
-)  # that folder may be deleted
+# That folder may be deleted.
+BEYOND = os.path.exists(os.path.join(HERE, "beyond", "test_beyond.py"))
 SMALL = model.Config(d_vocab=5, d_model=12, d_head=4, d_mlp=20, n_heads=3, n_layers=2, n_ctx=8)
 SMALL_TASK = dataclasses.replace(SMALL, d_vocab=40, n_ctx=32)  # the task's dimensions
 
@@ -161,9 +160,8 @@ def command(main, *arguments: str) -> tuple[int, str, str]:
             status = 0
         except SystemExit as stop:
             status = stop.code
-            if isinstance(
-                status, str
-            ):  # what Python does with a message: print it, and exit with 1
+            # What Python does with a message: print it, and exit with 1.
+            if isinstance(status, str):
                 print(status, file=sys.stderr)
                 status = 1
     return status or 0, out.getvalue(), err.getvalue()
@@ -515,9 +513,8 @@ class Interventions(TestCase):
             self.assertAlmostEqual(P[head].trace().item(), SMALL.d_head, places=9)
             self.assertEqual(torch.linalg.matrix_rank(P[head]).item(), SMALL.d_head)
         self.assertClose(P[1], model.qk_circuit(self.model, 1)[1], 1e-12)
-        self.assertTrue(
-            torch.equal(self.model(self.x), random_model()(self.x))
-        )  # which was not changed
+        # Which was not changed.
+        self.assertTrue(torch.equal(self.model(self.x), random_model()(self.x)))
 
 
 class Measures(TestCase):
@@ -1021,11 +1018,8 @@ class Training(TestCase):
             with self.assertRaisesRegex(ValueError, "damaged or is no checkpoint"):
                 train.open_run({"out": settings["out"]}, resume=True)
             self.assertEqual(os.path.getsize(path), size)
-        for name in (
-            "checkpoint.pt",
-            "weights.pt",
-            "log.csv",
-        ):  # each of them says that a run is here
+        # Each of them says that a run is here.
+        for name in ("checkpoint.pt", "weights.pt", "log.csv"):
             with self.assertRaisesRegex(ValueError, "already holds a run"):
                 train.open_run(settings, resume=False)
             os.remove(os.path.join(settings["out"], name))
@@ -1147,9 +1141,8 @@ class Analysis(TestCase):
             analyze.Figure, "savefig", lambda canvas, *_, **__: canvases.append(canvas)
         ):
             nothing = mock.Mock(return_value=b"")
-            for out, to_png in zip(
-                outs, (analyze.to_png, nothing)
-            ):  # what is drawn changes no number
+            # What is drawn changes no number.
+            for out, to_png in zip(outs, (analyze.to_png, nothing)):
                 with mock.patch.object(analyze, "to_png", to_png):
                     status, _, err = command(analyze_main, "--all", "--run", SHIPPED, "--out", out)
                 self.assertEqual(status, 0, err)
@@ -1301,10 +1294,8 @@ class Analysis(TestCase):
         self.assertEqual((status, len(out.splitlines())), (0, entries))
         with self.assertRaisesRegex(ValueError, "2 is taken by: loss against step"):
             analyze.figure(2, "another")(len)
-        for (
-            name,
-            claim,
-        ) in analyze.PAPER.claims.items():  # its figure is drawn wherever it is measured
+        # Its figure is drawn wherever it is measured.
+        for (name, claim) in analyze.PAPER.claims.items():
             self.assertLessEqual(analyze.PAPER.figures[claim.figure].layers, claim.layers, name)
 
 

@@ -336,17 +336,15 @@ def capture(run: Run):
     stream = torch.cuda.current_stream()
     graphs = {}
     try:
-        with torch.cuda.stream(
-            torch.cuda.Stream()
-        ):  # libraries set themselves up in steps that run
+        # Libraries set themselves up in steps that run.
+        with torch.cuda.stream(torch.cuda.Stream()):
             for length in run.task.lengths:
                 run.captured_loss = run.launch_step(length).clone()
         torch.cuda.synchronize()
 
         pool = torch.cuda.graph_pool_handle()
-        for length in reversed(
-            run.task.lengths
-        ):  # the largest first: the others fit into its memory
+        # The largest first: the others fit into its memory.
+        for length in reversed(run.task.lengths):
             graphs[length] = torch.cuda.CUDAGraph()
             graphs[length].register_generator_state(run.sequences)
             run.optimizer.zero_grad()
@@ -411,21 +409,15 @@ def main(arguments: list[str] | None = None, task: str = "affine"):
     except ValueError as error:
         parser.error(str(error))
 
-    torch.set_flush_denormal(
-        True
-    )  # weights of dead units decay into numbers with which processors are slow
+    # Weights of dead units decay into numbers with which processors are slow.
+    torch.set_flush_denormal(True)
     run = None
     try:
         run = open_run(given, resume)
         if resume:
             say(f"going on from step {run.done:,}")
         train(run)
-    except (
-        OSError,
-        ValueError,
-        FloatingPointError,
-        RuntimeError,
-    ) as error:  # that of too little memory
+    except (OSError, ValueError, FloatingPointError, RuntimeError) as error:  # that of too little memory
         sys.exit(f"{parser.prog}: error: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         if run:

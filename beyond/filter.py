@@ -34,9 +34,9 @@ def fixed_filter(d_vocab: int = data.D_VOCAB, task: str = "affine") -> Tensor:
     it occurs."""
     generator = torch.Generator().manual_seed(1)
     filters = torch.zeros(MAX_LENGTH, MAX_LENGTH).double()
-    grams = torch.zeros(
-        MAX_LENGTH + 1, MAX_LENGTH + 1
-    ).double()  # sums of <a_s, a_t> over lengths > n
+    # Sums of <a_s, a_t> over lengths > n.
+    grams = torch.zeros(MAX_LENGTH + 1, MAX_LENGTH + 1).double()
+
     for n in reversed(range(data.find_task(task).first, MAX_LENGTH)):
         a = data.sample(FITTED, n + 1, generator, d_vocab, task=task, dtype=torch.double).a
         grams[: n + 2, : n + 2] += torch.einsum("bsv,btv->st", a, a)
@@ -57,6 +57,7 @@ def fitted_filter(x: Tensor, output: Tensor) -> Tensor:
     half of the sequences its least squares on the other half."""
     first = slice(len(x) // 2)
     second = slice(len(x) // 2, None)
+
     predicted = torch.zeros_like(output)
     for n in range(x.shape[1]):
         X = x[:, : n + 1].transpose(1, 2).double()  # [batch, d_vocab, src]
@@ -89,6 +90,7 @@ def errors(study: Study) -> Errors:
         fixed = (filtered(sample.inputs) - sample.targets).pow(2).mean(-1)
         position = torch.arange(n).expand(count, n)
         c = sample.c[:, None].expand(count, n)
+
         determined = [part[:, FIRST_POSITION:].flatten() for part in (model, fixed, position, c)]
         by_length.append(determined)
     return Errors(*(torch.cat(parts) for parts in zip(*by_length)))
@@ -113,6 +115,7 @@ def claim_fixed_filter(study: Study) -> Finding:
         "MSE of the model, positions 2 to 13": model,
         "MSE of the filter, positions 2 to 13": fixed,
     }
+
     K = fixed_filter(study.model.config.d_vocab)
     for n in (6, 13):
         values[f"coefficients at {n}, a_n first"] = K[n, : n + 1].flip(0)

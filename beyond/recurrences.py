@@ -80,9 +80,8 @@ def solve_linear(x: Tensor, order: int) -> Tensor:
     """
     lags = torch.stack([x[:, order - 1 - i : x.shape[1] - i] for i in range(order)], 2)
     changes = lags.diff(dim=1)  # [batch, .., order, d_vocab]
-    known = (
-        changes[:, :-1].transpose(-1, -2).cpu()
-    )  # where least squares knows the driver for dependent columns
+    # Where least squares knows the driver for dependent columns.
+    known = changes[:, :-1].transpose(-1, -2).cpu()
     steps = x.diff(dim=1)[:, order:, :, None].cpu()
     c = torch.linalg.lstsq(known, steps, driver="gelsd").solution.to(x)  # [batch, .., order, 1]
     return x[:, order + 1 :] + (c * changes[:, 1:]).sum(-2)
@@ -129,9 +128,8 @@ def measure(run: str) -> dict:
 
     field = closed_forms(model, x[:FIELD])[:, task.first :]
     of_output = explained(field, output[:FIELD])
-    off = 1 - explained(
-        target[:FIELD], output[:FIELD]
-    )  # the model's error, as a share of its output
+    # The model's error, as a share of its output.
+    off = 1 - explained(target[:FIELD], output[:FIELD])
     return plain(
         {
             "task": name,

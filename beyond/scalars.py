@@ -102,6 +102,7 @@ def data_steps(taken: dict[str, Tensor], kappa: Tensor, slopes: Tensor) -> dict[
         steps[f"after layer {l}'s heads"] = held
         held = held + slopes[l] * held / ln2
         steps[f"after MLP {l}"] = held
+
     steps["divided by ln_final"] = held / taken[SCALE]
     return steps
 
@@ -230,9 +231,7 @@ def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict[str, interventi
     """Hooks that make every head of a layer move data by kappa [n_heads] times I: hook_attn_out gets the
     difference, in what W_U reads, and all that comes later reacts."""
     model = study.model
-    read = torch.linalg.pinv(
-        data_basis(model, layer)
-    )  # [d_model, d_vocab]; from layer 1 on this is W_U
+    read = torch.linalg.pinv(data_basis(model, layer))  # [d_model, d_vocab]; from layer 1 on this is W_U
     write = torch.linalg.pinv(model.unembed.W_U)
     circuits = data_ov_circuit(model, layer)
     multiples = kappa[:, None, None] * torch.eye(circuits.shape[-1], dtype=kappa.dtype)

@@ -26,11 +26,8 @@ from model import load_file, save
 from train import command_line, from_settings, say, to_settings
 
 HERE = Path(__file__).resolve().parent
-VERDICTS = {
-    "reproduced": "#a8d5a2",
-    "partly": "#f6e3a1",
-    "not reproduced": "#eeb4ac",
-}  # and their colours
+# And their colours.
+VERDICTS = {"reproduced": "#a8d5a2", "partly": "#f6e3a1", "not reproduced": "#eeb4ac"}
 WORDS = {"reproduced": "yes", "partly": "partly", "not reproduced": "no"}
 
 
@@ -60,6 +57,7 @@ def read_results(path: Path, run: Path) -> dict:
         raise ValueError(f"{path} is not as the two commands write it: {error!r}") from error
     if set(columns) - set(VERDICTS):
         raise ValueError(f"{path} has a verdict that is none of {', '.join(VERDICTS)}")
+
     weights = run / file
     if not weights.exists() or hashlib.sha256(weights.read_bytes()).hexdigest() != measured:
         raise ValueError(
@@ -93,6 +91,7 @@ def read_runs(paths: list[str]) -> dict[str, dict]:
         while sum(other.parts[-length:] == folder.parts[-length:] for other in folders) > 1:
             length += 1
         runs["/".join(folder.parts[-length:])] = read_run(folder)
+
     order = list(dict.fromkeys(heading(found) for found in runs.values()))
     names = sorted(runs, key=lambda name: order.index(heading(runs[name])))
     return {name: runs[name] for name in names}
@@ -132,6 +131,7 @@ def markdown(runs: dict[str, dict]) -> str:
             for name, found in runs.items()
         ),
     )
+
     for of_paper, title in ((True, "The paper's claims"), (False, "Ours")):
         rows = []
         for name, claim in claims_of(runs, of_paper).items():
@@ -152,6 +152,7 @@ def draw_grid(runs: dict[str, dict], of_paper: bool) -> Figure:
     claims = claims_of(runs, of_paper)
     canvas = Figure(figsize=(4 + 0.62 * len(runs), 2 + 0.27 * len(claims)), layout="constrained")
     axes = canvas.subplots()
+
     verdicts = list(VERDICTS)
     grid = np.full((len(claims), len(runs)), np.nan)
     for row, name in enumerate(claims):
@@ -174,6 +175,7 @@ def draw_grid(runs: dict[str, dict], of_paper: bool) -> Figure:
         axes.axvline(first - 0.5, color="black", lw=1)
         lines = text.replace(", ", "\n")
         axes.text(first - 0.4, -0.7, lines, fontsize=6.5, va="bottom", parse_math=False)
+
     for verdict, color in VERDICTS.items():
         axes.bar(0, 0, color=color, label=verdict)
     axes.set(xlim=(-0.5, len(runs) - 0.5), ylim=(len(claims) - 0.5, -0.5))

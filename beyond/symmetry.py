@@ -177,7 +177,8 @@ def coordinates(x: Tensor) -> tuple[Tensor, Tensor]:
 def layer_norm(stream: Tensor, eps: float) -> Tensor:
     """LayerNorm of a folded model, whose stream has mean 0, where positions are matrices [pos, rows, d_model]:
     the squared length of a position is the sum over all its rows."""
-    mean_square = stream.pow(2).sum((1, 2), keepdim=True) / stream.shape[-1]
+    squared_length = stream.pow(2).sum((1, 2), keepdim=True)
+    mean_square = squared_length / stream.shape[-1]
     return stream / (mean_square + eps).sqrt()
 
 
@@ -194,9 +195,7 @@ def attend(attn: Attention, rows: Tensor, at: Hooks) -> Tensor:
     # Scores have two parts: what t says, numbers, and inner products of vectors.
     numbers = torch.einsum("hqe,hke->hqk", q[:, :, -1], k[:, :, -1])
     vectors = torch.einsum("hqre,hkre->hqk", q[:, :, :-1], k[:, :, :-1])
-    parts = at(
-        f"{attn.name}.hook_attn_scores", torch.stack([numbers, vectors])
-    )  # [2, head, dest, src]
+    parts = at(f"{attn.name}.hook_attn_scores", torch.stack([numbers, vectors]))  # [2, head, dest, src]
     scores = parts.sum(0) / attn.d_head**0.5
     future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
     pattern = scores.masked_fill(future, -torch.inf).softmax(-1)  # [n_heads, dest, src]
@@ -264,9 +263,8 @@ def closed_form(model: Transformer, x: Tensor, hooks: dict | None = None) -> Ten
 
     # The mean over Q of Q M Q^T, M = A W_U, commutes with every rotation: it is trace(M) / d_vocab times I.
     # What t and b_U say is turned back by Q^T and averages out.
-    A = (
-        stream[:, :-1].unflatten(1, (-1, config.d_vocab)) * config.d_vocab**0.5
-    )  # [pos, R, d_vocab, d_model]
+    # [pos, R, d_vocab, d_model]
+    A = stream[:, :-1].unflatten(1, (-1, config.d_vocab)) * config.d_vocab**0.5
     factors = torch.einsum("prvd,dv->pr", A, model.unembed.W_U) / config.d_vocab
     return factors @ e
 
@@ -287,9 +285,8 @@ def whole_maps(model: Transformer, x: Tensor, stream: Tensor) -> Tensor:
 
 # ---------- Kinds of sequences ----------
 KINDS = ("recurrences", "4 inputs", "|c| 2.5 to 3", "two growths", "noise 0.1", "white noise")
-WHERE_IT_ERRS = KINDS[
-    2:
-]  # on the first two the truth nearly is the model, so that little is told apart
+# On the first two the truth nearly is the model, so that little is told apart.
+WHERE_IT_ERRS = KINDS[2:]
 
 
 @kept
@@ -353,9 +350,8 @@ class Fielded(NamedTuple):
     truth: Tensor
     output: Tensor
     prediction: Tensor
-    activations: list[
-        dict[str, Tensor]
-    ]  # of the closed form, by sequence: attention scores, final stream
+    # Of the closed form, by sequence: attention scores, final stream.
+    activations: list[dict[str, Tensor]]
 
 
 def few(study: Study, count: int) -> int:
@@ -451,12 +447,10 @@ def claim_mean_field(study: Study) -> Finding:
     maps = torch.stack(
         [whole_maps(study.model, x, stream) for x, stream in zip(recurrences.x, streams)]
     )
-    t = (
-        torch.stack([stream[:, -1] for stream in streams]) @ study.model.unembed.W_U
-        + study.model.unembed.b_U
-    )
+    t = torch.stack([stream[:, -1] for stream in streams])
+    said_by_t = t @ study.model.unembed.W_U + study.model.unembed.b_U
     values["MSE on recurrences, whole maps"] = data.mse(maps, recurrences.truth)
-    values["MSE on recurrences, whole maps and t"] = data.mse(maps + t, recurrences.truth)
+    values["MSE on recurrences, whole maps and t"] = data.mse(maps + said_by_t, recurrences.truth)
     how = verdict(all_output and all_error and is_the_mean and min(times) >= 3, on_white_noise)
     return Finding([by_kind[kind].output for kind in KINDS], how, values)
 
@@ -472,9 +466,7 @@ def score_variances(study: Study) -> tuple[list[Tensor], list[Tensor]]:
     vectors = []
     for l in study.layers:
         name = f"blocks.{l}.attn.hook_attn_scores"
-        parts = torch.stack(
-            [sequence[name] for sequence in sequences]
-        )  # [batch, 2, n_heads, dest, src]
+        parts = torch.stack([sequence[name] for sequence in sequences])  # [batch, 2, n_heads, dest, src]
         row_mean = (parts * past).sum(-1, keepdim=True) / past.sum(-1, keepdim=True)
         variance = ((parts - row_mean) * past).var(0).sum((-2, -1)) / past.sum()  # [2, n_heads]
         numbers.append(variance[0].mean())
@@ -613,6 +605,7 @@ def draw_asymmetry(axes, study: Study):
     axes.bar(POSITIONS, mse - asymmetry, color=CLOSED_FORM, label="the rest")
     axes.bar(POSITIONS, asymmetry, bottom=mse - asymmetry, color=MODEL, label="asymmetry")
     axes.set(xlabel="position n, at which $a_{n+1}$ is predicted", ylabel="mean squared error")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
 @figure(21, "half of the error is asymmetry")
@@ -665,6 +658,7 @@ def figure_angles(study: Study):
     axes.set(
         title="what attention scores consist of", yscale="log", ylabel="variance over sequences"
     )
+    axes.set_ylim(None, 1e4)  # room for the legend
     axes.set_xticks(study.layers, [f"layer {l}" for l in study.layers])
     axes.legend()
 

@@ -24,9 +24,8 @@ import train
 from test_all import SHIPPED, TestCase, command, read, seeded
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-KAPPA = torch.tensor(
-    [[0.3, 1.3], [-0.7, 0.3], [-1.7, -0.7]]
-).double()  # of the heads of built_model
+# Of the heads of built_model.
+KAPPA = torch.tensor([[0.3, 1.3], [-0.7, 0.3], [-1.7, -0.7]]).double()
 SLOPES = torch.tensor([1.0, 0.6, 0.2]).double()  # and of its MLPs
 
 
@@ -110,9 +109,8 @@ class Filter(TestCase):
         error = lambda row: (row @ a[:, :-1] - a[:, 14]).pow(2).mean()
         for step in torch.randn(5, 14, generator=seeded(), dtype=torch.double):
             self.assertLess(error(K[13]), error(K[13] + 0.05 * step))
-        self.assertClose(
-            K.sum(1)[6:], 1, 0.05
-        )  # a sequence that stands still goes on standing still
+        # A sequence that stands still goes on standing still.
+        self.assertClose(K.sum(1)[6:], 1, 0.05)
         self.assertTrue(torch.equal(K.triu(1), torch.zeros_like(K)))
 
     def test_a_fitted_filter_finds_a_filter_from_the_other_half_alone(self):
@@ -159,9 +157,8 @@ class ClosedForm(TestCase):
             self.assertClose(symmetry.closed_forms(net, inputs), net(inputs), 1e-9)
         blind = built_model(mlps=False)
         blind.blocks[0].attn.W_Q.zero_()
-        self.assertGreater(
-            (blind(x) - net(x)).abs().max(), 1e-3
-        )  # and its attention does compare vectors
+        # And its attention does compare vectors.
+        self.assertGreater((blind(x) - net(x)).abs().max(), 1e-3)
 
     def test_moments_are_those_of_samples(self):
         z = torch.randn(400_000, generator=seeded(), dtype=torch.double)
@@ -252,9 +249,8 @@ class Symmetry(TestCase):
                 sums[name] = sums.get(name, 0) + value / 64
         output = net(x)
         noise = 0.02 * torch.randn(output.shape, generator=seeded(), dtype=torch.double)
-        sample = mock.Mock(
-            inputs=x, targets=output + noise
-        )  # what the model is a little wrong about
+        # What the model is a little wrong about.
+        sample = mock.Mock(inputs=x, targets=output + noise)
         found = symmetry.Turned(sample, output, None, sums)
         study = mock.Mock(model=net, layers=range(3))
         with mock.patch.object(symmetry, "turned", lambda study, length: found):
@@ -293,9 +289,8 @@ class Symmetry(TestCase):
         self.assertEqual(
             verdict_of(symmetry.claim_numbers, restricted_mses=lambda study: mses), "not reproduced"
         )
-        with mock.patch.object(
-            symmetry, "DIRECTIONS", (128,)
-        ):  # all of them: nothing is restricted
+        # All of them: nothing is restricted.
+        with mock.patch.object(symmetry, "DIRECTIONS", (128,)):
             unrestricted = symmetry.restricted_mses.__wrapped__(shipped())[0]
         found = symmetry.fielded(shipped(), "recurrences")
         self.assertClose(unrestricted / data.mse(found.prediction, found.truth), 1, 1e-3)
@@ -382,11 +377,8 @@ class Scalars(TestCase):
             with mock.patch.object(scalars, "scores", scores):
                 return scalars.claim_scalar_transformer(shipped()).verdict
 
-        predictors = {
-            "scalar transformer",
-            "without layer 1",
-            *rivals,
-        }  # all but these two are rivals
+        # All but these two are rivals.
+        predictors = {"scalar transformer", "without layer 1", *rivals}
         self.assertEqual(set(scalars.predictions(shipped(), "4 inputs")), predictors)
         two = {"white noise": 0.05, "noise 0.1": 0.05}
         self.assertEqual(judge(two), "reproduced")
@@ -562,6 +554,34 @@ class Committed(TestCase):
             self.assertEqual(
                 found["measured"], together["weights"]["claims"][name]["measured"], name
             )
+
+    def test_the_table_of_findings_is_that_of_the_committed_runs(self):
+        together = model.load_file(os.path.join(HERE, "figures", "seeds.json"), "JSON")[0]["runs"]
+        text = read(os.path.join(os.path.dirname(HERE), "FINDINGS.md")).decode()
+        table = text.split("| --- |", 1)[1].split("\n\n")[0]
+        rows = [line.strip("| ").split(" | ") for line in table.splitlines()[1:]]
+        names = [row[0].split("`")[1] for row in rows]
+        self.assertEqual(names, list(seeds.claims_of(together, of_paper=True)))
+        for column, heading in ((3, "relu"), (4, "gelu_new")):
+            group = [found for found in together.values() if seeds.heading(found) == heading]
+            self.assertGreaterEqual(len(group), 2)
+            for name, row in zip(names, rows):
+                claims = [found["claims"][name] for found in group]
+                self.assertEqual(row[column], self.over(claims), (name, heading))
+                verdicts = [seeds.WORDS[claim["verdict"]] for claim in claims]
+                counts = {word: verdicts.count(word) for word in seeds.WORDS.values()}
+                counted = [f"{count} {word}" for word, count in counts.items() if count]
+                expected = verdicts[0] if len(counted) == 1 else ", ".join(counted)
+                self.assertEqual(row[column + 2], expected, (name, heading))
+
+    def over(self, claims: list[dict]) -> str:
+        """What was measured over runs, as in the table: a range of numbers or of counts of heads."""
+        heads = [claim["values"].get("heads that do") for claim in claims]
+        numbers = [claim["measured"] for claim in claims] if None in heads else heads
+        if any(isinstance(number, list) for number in numbers):
+            return "-"
+        ends = dict.fromkeys(f"{number:.3g}" for number in (min(numbers), max(numbers)))
+        return " to ".join(ends) + ("" if None in heads else " of 8")
 
     def test_every_claim_has_a_figure_that_is_drawn_wherever_it_is_measured(self):
         self.assertEqual(sorted(filter.OURS.figures), list(range(19, 27)))
