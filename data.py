@@ -173,8 +173,8 @@ def held_out(
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for length in find_task(task).lengths:
-        a, c, d = sample(per_length, length, generator, d_vocab, task=task)
-        samples.append(Sample(a.to(device), c.to(device), d.to(device)))
+        drawn = sample(per_length, length, generator, d_vocab, task=task)
+        samples.append(Sample(*(part.to(device) for part in drawn)))
     return samples
 
 

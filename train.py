@@ -423,7 +423,7 @@ def main(arguments: list[str] | None = None, task: str = "affine"):
         if run:
             say(f"\nstopped; --resume goes on from step {run.saved:,}")
         sys.exit(130)
-    say(f"{run.done:,} steps in {run.seconds / 60:.1f} min, in {run.options.out}")
+    say(f"{run.done:,} steps in {run.seconds / 60:.1f} min")
 
 
 if __name__ == "__main__":
