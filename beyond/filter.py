@@ -49,7 +49,8 @@ def filtered(x: Tensor, task: str = "affine") -> Tensor:
     """The filter's prediction at each position, [batch, pos, d_vocab] -> the same."""
     n = x.shape[1]
     K = fixed_filter(x.shape[-1], task)[:n, :n]
-    return (K @ x.double()).to(x)
+    predicted = K @ x.double()
+    return predicted.to(x)
 
 
 def fitted_filter(x: Tensor, output: Tensor) -> Tensor:
@@ -63,9 +64,9 @@ def fitted_filter(x: Tensor, output: Tensor) -> Tensor:
         X = x[:, : n + 1].transpose(1, 2).double()  # [batch, d_vocab, src]
         y = output[:, n, :, None].double()  # [batch, d_vocab, 1]
         for fit, test in ((first, second), (second, first)):
-            K = torch.linalg.lstsq(
-                X[fit].flatten(0, 1), y[fit].flatten(0, 1), driver="gelsd"
-            ).solution
+            known = X[fit].flatten(0, 1)
+            wanted = y[fit].flatten(0, 1)
+            K = torch.linalg.lstsq(known, wanted, driver="gelsd").solution
             predicted[test, n] = (X[test] @ K)[..., 0].to(output)
     return predicted
 

@@ -193,8 +193,12 @@ def attend(attn: Attention, rows: Tensor, at: Hooks) -> Tensor:
     v[:, :, -1] += attn.b_V[:, None]
 
     # Scores have two parts: what t says, numbers, and inner products of vectors.
-    numbers = torch.einsum("hqe,hke->hqk", q[:, :, -1], k[:, :, -1])
-    vectors = torch.einsum("hqre,hkre->hqk", q[:, :, :-1], k[:, :, :-1])
+    q_A = q[:, :, :-1]
+    q_t = q[:, :, -1]
+    k_A = k[:, :, :-1]
+    k_t = k[:, :, -1]
+    numbers = torch.einsum("hqe,hke->hqk", q_t, k_t)
+    vectors = torch.einsum("hqre,hkre->hqk", q_A, k_A)
     parts = at(f"{attn.name}.hook_attn_scores", torch.stack([numbers, vectors]))  # [2, head, dest, src]
     scores = parts.sum(0) / attn.d_head**0.5
     future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
@@ -468,7 +472,8 @@ def score_variances(study: Study) -> tuple[list[Tensor], list[Tensor]]:
         name = f"blocks.{l}.attn.hook_attn_scores"
         parts = torch.stack([sequence[name] for sequence in sequences])  # [batch, 2, n_heads, dest, src]
         row_mean = (parts * past).sum(-1, keepdim=True) / past.sum(-1, keepdim=True)
-        variance = ((parts - row_mean) * past).var(0).sum((-2, -1)) / past.sum()  # [2, n_heads]
+        centred = (parts - row_mean) * past
+        variance = centred.var(0).sum((-2, -1)) / past.sum()  # [2, n_heads]
         numbers.append(variance[0].mean())
         vectors.append(variance[1].mean())
     return numbers, vectors
@@ -549,7 +554,8 @@ def keep_numbers(study: Study, count: int) -> dict[str, interventions.Hook]:
 
         def hook(stream: Tensor) -> Tensor:  # [pos, rows, d_model], a copy that may be written into
             mean = point.mean[: len(stream)]
-            stream[:, -1] = mean + (stream[:, -1] - mean) @ first.T @ first
+            varying = stream[:, -1] - mean
+            stream[:, -1] = mean + varying @ first.T @ first
             return stream
 
         return hook
