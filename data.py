@@ -10,7 +10,6 @@ vectors determine c, so the first vector that can be predicted is a_3, from a_0,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -93,8 +92,7 @@ def solve_recurrence(x: Tensor) -> Tensor:
     return c * third + d
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A kind of sequence to learn: how it is drawn, from where on it is determined, and what solves it."""
 
     first: int  # output positions from here on predict a vector that the inputs determine
@@ -104,8 +102,7 @@ class Task:
     @property
     def lengths(self) -> range:
         """The numbers of inputs of training sequences."""
-        shortest = max(MIN_LENGTH, self.first + 1)
-        return range(shortest, MAX_LENGTH + 1)
+        return range(max(MIN_LENGTH, self.first + 1), MAX_LENGTH + 1)
 
 
 # Beyond/recurrences.py adds others.
@@ -145,8 +142,8 @@ def sample(
         raise ValueError(
             f"the length of {task} must be between {needed} and n_ctx = {N_CTX}, not {length}"
         )
-    if batch < 1 or d_vocab < 1:
-        raise ValueError(f"batch and d_vocab must be at least 1, not {batch} and {d_vocab}")
+    if min(batch, d_vocab) < 1:
+        raise ValueError("batch and d_vocab must be at least 1")
 
     # The sum of the squares of a_length, about 1e5 c^(2 length), must not overflow.
     most = (torch.finfo(dtype).max / 1e6) ** (0.5 / length)
@@ -186,10 +183,8 @@ def mse(prediction: Tensor, target: Tensor, first: int = FIRST_POSITION) -> Tens
     project. Raises ValueError for other shapes.
     """
     if prediction.shape != target.shape or prediction.shape[-2] <= first:
-        shapes = f"{list(prediction.shape)} and {list(target.shape)}"
-        raise ValueError(
-            f"prediction and target must have one shape with > {first} positions, not {shapes}"
-        )
+        shapes = f"{prediction.shape} and {target.shape}"
+        raise ValueError(f"prediction and target need one shape, > {first} positions, not {shapes}")
     return F.mse_loss(prediction[..., first:, :], target[..., first:, :])
 
 
@@ -200,8 +195,7 @@ def neighbours(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
     """The MSE of each sequence, [batch, pos, d_vocab] -> [batch]."""
-    error = (prediction - target)[:, FIRST_POSITION:]
-    return (error**2).mean((1, 2))
+    return ((prediction - target)[:, FIRST_POSITION:] ** 2).mean((1, 2))
 
 
 def explained(prediction: Tensor, target: Tensor) -> float:
