@@ -19,9 +19,9 @@ from torch import Tensor
 
 D_VOCAB = 40  # dim(a_n): the paper keeps the name from token models, although there is no vocabulary
 N_CTX = 32  # positions the model has embeddings for
-MIN_LENGTH, MAX_LENGTH = 3, 14  # inputs in a training sequence, both ends included
+MIN_LENGTH = 3  # inputs in a training sequence, both ends included
+MAX_LENGTH = 14
 FIRST_POSITION = 2  # output position 2 predicts a_3, the first vector that its inputs determine
-HELD_OUT_SEED = 20_241_024  # of the evaluation set: the day of the paper
 
 
 class Sample(NamedTuple):
@@ -45,8 +45,7 @@ def uniform(
     generator: torch.Generator, low: float, high: float, *shape: int, dtype=torch.float32
 ) -> Tensor:
     """Numbers from U[low, high], on the generator's device."""
-    drawn = torch.rand(*shape, generator=generator, device=generator.device, dtype=dtype)
-    return low + (high - low) * drawn
+    return low + (high - low) * torch.rand(*shape, generator=generator, device=generator.device, dtype=dtype)
 
 
 def normalise(a: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,14 +150,13 @@ def sample(
         raise ValueError(
             f"|c| must be below {most:.3g} with {length} inputs in {dtype}, not in {c_range}"
         )
-    draw = partial(uniform, generator, dtype=dtype)
-    return kind.draw(draw, batch, length, d_vocab, c_range)
+    return kind.draw(partial(uniform, generator, dtype=dtype), batch, length, d_vocab, c_range)
 
 
 # ---------- The evaluation set and the error ----------
 def held_out(
     per_length: int,
-    seed: int = HELD_OUT_SEED,
+    seed: int = 20_241_024,  # the day of the paper
     device: torch.device | str = "cpu",
     d_vocab: int = D_VOCAB,
     task: str = "affine",
@@ -207,5 +205,4 @@ def explained(prediction: Tensor, target: Tensor) -> float:
 @torch.no_grad()
 def evaluate(model, samples: list[Sample], first: int = FIRST_POSITION) -> float:
     """Held-out MSE: the mean over lengths of the MSE at each length, so that every length counts the same."""
-    by_length = [mse(model(s.inputs), s.targets, first) for s in samples]
-    return torch.stack(by_length).mean().item()
+    return torch.stack([mse(model(s.inputs), s.targets, first) for s in samples]).mean().item()
