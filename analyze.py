@@ -737,9 +737,9 @@ def claim_dla_sign(study: Study) -> Finding:
     quarter of the largest, for both targets, which correlate over the heads by at least 0.9 ("nearly
     identical results"). Partly if layer 0 is positive and layer 2 negative for both."""
     by_head = head_attribution(study, "paper", "next")
-    both = torch.stack([by_head, head_attribution(study, "paper", "step")])  # [goal, layer, head]
-    layers = both.mean(2)  # [goal, layer]
-    correlation = torch.corrcoef(both.flatten(1))[0, 1]
+    goals = torch.stack([by_head, head_attribution(study, "paper", "step")])  # [goal, layer, head]
+    layers = goals.mean(2)  # [goal, layer]
+    correlation = torch.corrcoef(goals.flatten(1))[0, 1]
 
     layer_0, layer_1, layer_2 = layers.T[:3]  # [goal] each
     signs = layer_0.min() > 0 and layer_2.max() < 0
@@ -767,8 +767,8 @@ def claim_l1_orthogonal(study: Study) -> Finding:
 
     measured = outside_W_E.mean()
     values = {"outside W_U": outside_W_U, "random": chance}
-    how = verdict(measured >= 0.95, outside_W_U >= 0.95)
-    return Finding(measured, how, values, interval(outside_W_E))
+    outcome = verdict(measured >= 0.95, outside_W_U >= 0.95)
+    return Finding(measured, outcome, values, interval(outside_W_E))
 
 
 def draw_attribution(
@@ -873,8 +873,8 @@ def claim_l0_ov_r2(study: Study) -> Finding:
     Nearly linear: at least the paper's value less 0.1; partly if at least 0.5."""
     r2 = ov_fits(study)["data vectors"].r2
     median = r2.nanmedian()
-    how = verdict(median >= 0.73, median >= 0.5)
-    return Finding(median, how, ov_values(study, "r2"), interval(r2, of=torch.nanmedian))
+    outcome = verdict(median >= 0.73, median >= 0.5)
+    return Finding(median, outcome, ov_values(study, "r2"), interval(r2, of=torch.nanmedian))
 
 
 @claim("its slope", "2.1 to 2.5", 8)
@@ -882,8 +882,8 @@ def claim_l0_ov_slope(study: Study) -> Finding:
     """Median slope over the same vectors. Within 2.1 to 2.5; partly within a factor of two of that."""
     slope = ov_fits(study)["data vectors"].slope
     median = slope.nanmedian()
-    how = verdict(2.1 <= median <= 2.5, 1.05 <= median <= 5)
-    return Finding(median, how, ov_values(study, "slope"), interval(slope, of=torch.nanmedian))
+    outcome = verdict(2.1 <= median <= 2.5, 1.05 <= median <= 5)
+    return Finding(median, outcome, ov_values(study, "slope"), interval(slope, of=torch.nanmedian))
 
 
 @claim("its intercept", "near 0", 8)
@@ -898,9 +898,9 @@ def claim_l0_ov_intercept(study: Study) -> Finding:
 
     widest = quantiles(relative.abs(), 0.95)[0]
     mean = relative.abs().nanmean()
-    how = verdict(widest <= 0.1, mean <= 0.1)
+    outcome = verdict(widest <= 0.1, mean <= 0.1)
     return Finding(
-        relative.nanmedian(), how, {"95% within": widest}, interval(relative, of=torch.nanmedian)
+        relative.nanmedian(), outcome, {"95% within": widest}, interval(relative, of=torch.nanmedian)
     )
 
 
@@ -914,8 +914,8 @@ def claim_l0_ov_r2_random(study: Study) -> Finding:
     residual_stream = ov_fits(study)["data vectors"].r2.nanmedian()
     lower = residual_stream - median >= 0.1
     visible = median >= 0.25
-    how = verdict(lower and visible, lower or visible)
-    return Finding(median, how, {"residual stream": residual_stream}, interval(r2, of=torch.median))
+    outcome = verdict(lower and visible, lower or visible)
+    return Finding(median, outcome, {"residual stream": residual_stream}, interval(r2, of=torch.median))
 
 
 @claim("share of the norm of layer 0's OV x outside the span of W_E", 0.8415, 9)
@@ -1071,8 +1071,8 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
         "unchanged": study.baseline.mean(),
         "difference, interval": interval(errors - study.baseline),
     }
-    how = verdict(times <= 4, times_held <= 4 or max(by_head) <= 4)
-    return Finding(errors.mean(), how, values, interval(errors))
+    outcome = verdict(times <= 4, times_held <= 4 or max(by_head) <= 4)
+    return Finding(errors.mean(), outcome, values, interval(errors))
 
 
 def effective_rank(matrix: Tensor) -> Tensor:
@@ -1273,12 +1273,12 @@ def claim_lens_after_l0(study: Study) -> Finding:
         "its coefficients": coefficients,
         "the model": explained(study.activations["output"][:, FIRST_POSITION:], truth),
     }
-    how = verdict(after.share >= 0.9 * linear, after.rescaled >= 0.5)
+    outcome = verdict(after.share >= 0.9 * linear, after.rescaled >= 0.5)
     error = lens(study, hook)[:, FIRST_POSITION:] - truth
     left = error.pow(2).sum((1, 2))
     size = truth.pow(2).sum((1, 2))
     ci = interval(left, size, of=lambda left, size: 1 - left.sum() / size.sum())
-    return Finding(after.share, how, values, ci)
+    return Finding(after.share, outcome, values, ci)
 
 
 @claim("after layer 0 an overestimate, which layer 2's heads refine", "yes", 14, 3)
@@ -1345,8 +1345,8 @@ def claim_eigenvalue_score(study: Study) -> Finding:
     head of layer 2; partly in more than half of them."""
     scores = data_eigenvalue_scores(study)
     negative = scores[2] <= -0.5
-    how = verdict(negative.all(), negative.sum() > len(study.heads) / 2)
-    return Finding(scores, how, {"d_model": d_model_eigenvalue_scores(study)})
+    outcome = verdict(negative.all(), negative.sum() > len(study.heads) / 2)
+    return Finding(scores, outcome, {"d_model": d_model_eigenvalue_scores(study)})
 
 
 @figure(15, "OV eigenvalue scores")
@@ -1405,8 +1405,8 @@ def claim_l2_qk_pinv(study: Study) -> Finding:
         "times, each head by itself": single,
         "times, heads 0 to 4": study.factor(replaced(pinv_qk, list(study.heads[:5]), FEW)),
     }
-    how = verdict(unchanged and telling, telling or each_unchanged)
-    return Finding(pinv.mean(), how, values, interval(pinv))
+    outcome = verdict(unchanged and telling, telling or each_unchanged)
+    return Finding(pinv.mean(), outcome, values, interval(pinv))
 
 
 # ---------- 4.7 Analysis of MLPs ----------

@@ -183,8 +183,8 @@ def scores(study: Study, kind: str) -> dict[str, Shares]:
     found = {}
     for name, prediction in predictions(study, kind).items():
         if name == "shuffled":
-            each = [shares(shuffled, output, truth, kind) for shuffled in prediction]
-            of_output, of_error = torch.tensor(each).mean(0).tolist()
+            of_shuffles = [shares(shuffled, output, truth, kind) for shuffled in prediction]
+            of_output, of_error = torch.tensor(of_shuffles).mean(0).tolist()
             found[name] = Shares(of_output, of_error)
         else:
             found[name] = shares(prediction, output, truth, kind)
@@ -222,8 +222,8 @@ def claim_scalar_transformer(study: Study) -> Finding:
     values["kinds that are evidence"] = len(evidence)
     values["kappa"] = traces(study)
     values["slopes of the MLPs"] = mlp_slopes(study)
-    how = verdict("white noise" in evidence and len(evidence) >= 2, evidence)
-    return Finding(values["white noise: of the output"], how, values)
+    outcome = verdict("white noise" in evidence and len(evidence) >= 2, evidence)
+    return Finding(values["white noise: of the output"], outcome, values)
 
 
 # ---------- Put into the real model ----------
@@ -279,10 +279,10 @@ def put_in(study: Study) -> dict[str, list[Tensor]]:
         for l in study.layers:
             order = torch.randperm(len(kappa[l]), generator=generator)
             numbers = {"": kappa[l], ", 0": 0 * kappa[l], ", shuffled": kappa[l][order]}
-            for how, changed in numbers.items():
-                arms[f"layer {l}'s heads{how}"] = put_scalars(study, l, changed)
+            for suffix, changed in numbers.items():
+                arms[f"layer {l}'s heads{suffix}"] = put_scalars(study, l, changed)
                 if l == 0:
-                    arms[f"layer 0 as a whole{how}"] = put_layer_0(study, x, changed)
+                    arms[f"layer 0 as a whole{suffix}"] = put_layer_0(study, x, changed)
         for arm, hooks in arms.items():
             times = data.mse(study.model(x, hooks=hooks), sample.targets) / clean
             found.setdefault(arm, []).append(times)

@@ -455,8 +455,8 @@ def claim_mean_field(study: Study) -> Finding:
     said_by_t = t @ study.model.unembed.W_U + study.model.unembed.b_U
     values["MSE on recurrences, whole maps"] = data.mse(maps, recurrences.truth)
     values["MSE on recurrences, whole maps and t"] = data.mse(maps + said_by_t, recurrences.truth)
-    how = verdict(all_output and all_error and is_the_mean and min(times) >= 3, on_white_noise)
-    return Finding([by_kind[kind].output for kind in KINDS], how, values)
+    outcome = verdict(all_output and all_error and is_the_mean and min(times) >= 3, on_white_noise)
+    return Finding([by_kind[kind].output for kind in KINDS], outcome, values)
 
 
 # ---------- Where vectors are compared ----------
@@ -600,8 +600,8 @@ def claim_numbers(study: Study) -> Finding:
         "MSE of the model": model,
         "MSE of predicting 0": zero,
     }
-    how = verdict(useful and eight_suffice and one_does_not, with_eight <= model and one_does_not)
-    return Finding(with_eight / unrestricted, how, values)
+    outcome = verdict(useful and eight_suffice and one_does_not, with_eight <= model and one_does_not)
+    return Finding(with_eight / unrestricted, outcome, values)
 
 
 # ---------- Figures ----------
