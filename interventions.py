@@ -54,7 +54,7 @@ def record(names: Iterable[str], into: dict[str, Tensor]) -> dict[str, Hook]:
 
     def keep(name: str) -> Hook:
         def hook(value: Tensor) -> Tensor:
-            into[name] = value
+            into[name] = value.clone()  # the next hook at this point may write into it
             return value
 
         return hook

@@ -17,7 +17,7 @@ import beyond.scalars  # noqa: F401
 import beyond.gain  # noqa: F401
 from analyze import MODEL, TRUTH, Study, grid, pick, run_command
 from beyond.filter import FILTER, OURS, POSITIONS, by_position, errors, figure
-from beyond.symmetry import CLOSED_FORM, asymmetry_by_position, fielded, first_judged, shares
+from beyond.symmetry import CLOSED_FORM, asymmetry_by_position, fielded, shares
 from data import MAX_LENGTH
 
 
@@ -30,38 +30,34 @@ def figure_summary(study: Study):
     i = pick(study.test, -1.1)
     a = study.test.a[i]
     output = study.model(study.test.inputs[i : i + 1])[0]
-    first, second = a.std(0).argsort(descending=True)[:2].tolist()
-    axes.plot(a[:, first], "o-", color=TRUTH, mfc="none", label="the truth")
-    axes.plot(a[:, second], "o:", color=TRUTH, mfc="none")
     predicted = range(3, MAX_LENGTH + 1)
-    axes.plot(predicted, output[2:, first], "x", color=MODEL, label="the model's prediction")
-    axes.plot(predicted, output[2:, second], "x", color=MODEL)
+    moving = a.std(0).argsort(descending=True)
+    for dimension, style in zip(moving, ("o-", "o:")):
+        axes.plot(a[:, dimension], style, color=TRUTH, mfc="none", label="the truth")
+        axes.plot(predicted, output[2:, dimension], "x", color=MODEL, label="the model's prediction")
     axes.set(title=f"two of 40 dimensions, c = {study.test.c[i]:.2f}", xlabel="n", ylabel="$a_n$")
-    axes.legend(loc="upper left")
+    axes.legend(handles=axes.lines[:2], loc="upper left")
 
     axes = panels[0, 1]
     mse, asymmetry = asymmetry_by_position(study)
+    rest = mse - asymmetry
     fixed = by_position(study, errors(study).filter)
     axes.semilogy(POSITIONS, mse, ".-", color=MODEL, label="the model")
-    axes.semilogy(
-        POSITIONS, mse - asymmetry, ".-", color=CLOSED_FORM, label="its mean over rotations"
-    )
+    axes.semilogy(POSITIONS, rest, ".-", color=CLOSED_FORM, label="its mean over rotations")
     axes.semilogy(POSITIONS, fixed, ".-", color=FILTER, label="a filter that infers nothing")
     axes.set(title="half of the error is asymmetry", xlabel="position", ylabel="mean squared error")
     axes.legend()
 
     axes = panels[0, 2]
     noise = fielded(study, "white noise")
-    judged = first_judged("white noise")
-    model = noise.output[:, judged:].flatten()
+    judged = noise.sequences.first
+    model = noise.sequences.output[:, judged:].flatten()
     closed_form = noise.prediction[:, judged:].flatten()
     axes.scatter(model, closed_form, s=3, lw=0, color=CLOSED_FORM)
     axes.axline((0, 0), slope=1, color="0.5", lw=0.8, zorder=0)
-    share = shares(noise.prediction, noise.output, noise.truth, "white noise").output
-    axes.set_title(
-        f"on white noise, which is no recurrence:\n{share:.1%} of the output from the weights"
-    )
-    axes.set(xlabel="the model", ylabel="closed form, a dot a component")
+    share = shares(noise.prediction, noise.sequences).output
+    title = f"on white noise, which is no recurrence:\n{share:.1%} of the output from the weights"
+    axes.set(title=title, xlabel="the model", ylabel="closed form, a dot a component")
     return canvas
 
 

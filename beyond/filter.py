@@ -39,36 +39,41 @@ def fixed_filter(d_vocab: int = data.D_VOCAB, task: str = "affine") -> Tensor:
 
     for n in reversed(range(data.find_task(task).first, MAX_LENGTH)):
         a = data.sample(FITTED, n + 1, generator, d_vocab, task=task, dtype=torch.double).a
-        grams[: n + 2, : n + 2] += torch.einsum("bsv,btv->st", a, a)
-        known = grams[: n + 1, : n + 1]
-        filters[n, : n + 1] = torch.linalg.solve(known, grams[: n + 1, n + 1])
+        vectors = slice(n + 2)
+        known = slice(n + 1)
+        grams[vectors, vectors] += torch.einsum("bsv,btv->st", a, a)
+        filters[n, known] = torch.linalg.solve(grams[known, known], grams[known, n + 1])
     return filters
 
 
 def filtered(x: Tensor, task: str = "affine") -> Tensor:
     """The filter's prediction at each position, [batch, pos, d_vocab] -> the same."""
-    n = x.shape[1]
-    K = fixed_filter(x.shape[-1], task)[:n, :n]
-    predicted = K @ x.double()
-    return predicted.to(x)
+    positions = slice(x.shape[1])
+    K = fixed_filter(x.shape[-1], task)[positions, positions]
+    return (K @ x.double()).to(x)
+
+
+def fit(x: Tensor, output: Tensor) -> Tensor:
+    """The filter K [pos, pos] whose predictions K @ x come nearest to a model's output, [batch, pos, d_vocab].
+    """
+    columns = x.transpose(1, 2).flatten(0, 1).double()  # [batch * d_vocab, src]
+    wanted = output.transpose(1, 2).flatten(0, 1).double()  # [batch * d_vocab, dest]
+    K = torch.zeros(x.shape[1], x.shape[1])
+    for n in range(len(K)):
+        known = slice(n + 1)
+        # Where least squares knows the driver for dependent columns.
+        fitted = torch.linalg.lstsq(columns[:, known], wanted[:, [n]], driver="gelsd")
+        K[n, known] = fitted.solution[:, 0].float()
+    return K
 
 
 def fitted_filter(x: Tensor, output: Tensor) -> Tensor:
-    """Predictions of the filter that comes nearest to a model's output, [batch, pos, d_vocab] each: for each
-    half of the sequences its least squares on the other half."""
-    first = slice(len(x) // 2)
-    second = slice(len(x) // 2, None)
-
-    predicted = torch.zeros_like(output)
-    for n in range(x.shape[1]):
-        X = x[:, : n + 1].transpose(1, 2).double()  # [batch, d_vocab, src]
-        y = output[:, n, :, None].double()  # [batch, d_vocab, 1]
-        for fit, test in ((first, second), (second, first)):
-            known = X[fit].flatten(0, 1)
-            wanted = y[fit].flatten(0, 1)
-            K = torch.linalg.lstsq(known, wanted, driver="gelsd").solution
-            predicted[test, n] = (X[test] @ K)[..., 0].to(output)
-    return predicted
+    """Predictions of the filter fitted to a model's output, [batch, pos, d_vocab] each: for each half of the
+    sequences that of the other half."""
+    half = len(x) // 2
+    first = fit(x[:half], output[:half])
+    second = fit(x[half:], output[half:])
+    return torch.cat([second @ x[:half], first @ x[half:]])
 
 
 class Errors(NamedTuple):
@@ -86,15 +91,13 @@ def errors(study: Study) -> Errors:
     count = max(2, TESTED * study.size // analyze.POPULATION)
     by_length = []
     for sample in data.held_out(count, seed, d_vocab=study.model.config.d_vocab):
-        n = sample.inputs.shape[1]
         model = (study.model(sample.inputs) - sample.targets).pow(2).mean(-1)  # [batch, pos]
         fixed = (filtered(sample.inputs) - sample.targets).pow(2).mean(-1)
-        position = torch.arange(n).expand(count, n)
-        c = sample.c[:, None].expand(count, n)
-
-        determined = [part[:, FIRST_POSITION:].flatten() for part in (model, fixed, position, c)]
-        by_length.append(determined)
-    return Errors(*(torch.cat(parts) for parts in zip(*by_length)))
+        position = torch.arange(model.shape[1]).expand_as(model)
+        c = sample.c[:, None].expand_as(model)
+        parts = torch.stack([model, fixed, position, c])
+        by_length.append(parts[:, :, FIRST_POSITION:].flatten(1))
+    return Errors(*torch.cat(by_length, 1))
 
 
 def by_position(study: Study, squared: Tensor) -> Tensor:
@@ -127,19 +130,19 @@ def claim_fixed_filter(study: Study) -> Finding:
 def figure_errors(study: Study):
     title = "Error on new training sequences of all lengths (the exact solver's is below $10^{-6}$)"
     canvas, panels = grid(1, 2, 10.5, 4, title)
-    found = errors(study)
+    squared = errors(study)
+    model = {"color": MODEL, "label": "model"}
+    fixed = {"color": FILTER, "label": "best fixed filter"}
     axes = panels[0, 0]
-    axes.semilogy(POSITIONS, by_position(study, found.model), ".-", color=MODEL, label="model")
-    axes.semilogy(
-        POSITIONS, by_position(study, found.filter), ".-", color=FILTER, label="best fixed filter"
-    )
+    axes.semilogy(POSITIONS, by_position(study, squared.model), ".-", **model)
+    axes.semilogy(POSITIONS, by_position(study, squared.filter), ".-", **fixed)
     axes.set(xlabel="position n, at which $a_{n+1}$ is predicted", ylabel="mean squared error")
     axes.legend()
 
-    edges = np.arange(-2, 2, 0.25)
-    in_range = [(found.c >= edge) & (found.c < edge + 0.25) for edge in edges]
     axes = panels[0, 1]
-    axes.semilogy(edges + 0.125, [found.model[i].mean() for i in in_range], ".-", color=MODEL)
-    axes.semilogy(edges + 0.125, [found.filter[i].mean() for i in in_range], ".-", color=FILTER)
+    edges = np.arange(-2, 2, 0.25)
+    in_range = [(squared.c >= edge) & (squared.c < edge + 0.25) for edge in edges]
+    axes.semilogy(edges + 0.125, [squared.model[i].mean() for i in in_range], ".-", **model)
+    axes.semilogy(edges + 0.125, [squared.filter[i].mean() for i in in_range], ".-", **fixed)
     axes.set(xlabel="c, in ranges of 0.25", ylabel="mean squared error")
     return canvas

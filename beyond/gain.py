@@ -14,23 +14,12 @@ import torch
 from torch import Tensor
 
 import interventions
-from analyze import (
-    LAYERS,
-    MODEL,
-    SCALE,
-    Finding,
-    Study,
-    grid,
-    interval,
-    kept,
-    mean_ablation,
-    verdict,
-)
+from analyze import LAYERS, MODEL, SCALE, Finding, Study, grid, interval, kept, mean_ablation, verdict
 from beyond.filter import claim, figure
 from data import squared_errors
 
 FEW = 200  # test sequences
-C_BINS = np.arange(0, 2, 0.25)  # ranges of |c|, their lower ends
+WIDTH = 0.25  # of the ranges of |c|, eight
 
 
 # ---------- The scale is what the layer does ----------
@@ -50,29 +39,28 @@ def arms(study: Study, layer: int) -> Arms:
     resid = study.clean[f"blocks.{layer}.hook_resid_pre"][:FEW]
     target = study.test.targets[:FEW]
     clean_scale = interventions.hold({SCALE: study.clean[SCALE][:FEW]})
-    ablated_scale: dict[str, Tensor] = {}
+    ablated_scale: dict = {}
+    read_scale = interventions.record([SCALE], ablated_scale)
 
-    def errors(*hooks: dict) -> Tensor:
-        return squared_errors(
-            study.model.run_from(layer, resid, interventions.join(*hooks)), target
-        )
+    def errors(hooks: dict) -> Tensor:
+        return squared_errors(study.model.run_from(layer, resid, hooks), target)
 
-    ablated = errors(ablation, interventions.record([SCALE], ablated_scale))
-    held = errors(ablation, clean_scale)
+    ablated = errors(interventions.join(ablation, read_scale))
+    held = errors(interventions.join(ablation, clean_scale))
     alone = errors(interventions.hold(ablated_scale))
     return Arms(study.baseline[:FEW], ablated, held, alone)
 
 
 def mended(arms: Arms) -> Tensor:
     """The share of the damage that goes away with the clean scale."""
-    return (arms.ablated.mean() - arms.clean_scale.mean()) / (
-        arms.ablated.mean() - arms.clean.mean()
-    )
+    damage = arms.ablated.mean() - arms.clean.mean()
+    return (arms.ablated.mean() - arms.clean_scale.mean()) / damage
 
 
 def comes_back(arms: Arms) -> Tensor:
     """The share of the damage that the ablated model's scale alone does."""
-    return (arms.scale_alone.mean() - arms.clean.mean()) / (arms.ablated.mean() - arms.clean.mean())
+    damage = arms.ablated.mean() - arms.clean.mean()
+    return (arms.scale_alone.mean() - arms.clean.mean()) / damage
 
 
 @claim("layer 1's heads are a gain control, by way of ln_final's scale", None, 26, 3)
@@ -82,20 +70,20 @@ def claim_gain_control(study: Study) -> Finding:
     For layer 1's heads goes at least 0.8 and comes back at least 0.5, and for those of layers 0 and 2 both
     are below 0.5; partly if so for layer 1 only. Measured: what goes, of layer 1."""
     values = {}
+    goes = []
+    comes = []
     for l in study.layers:
         found = arms(study, l)
-        clean = found.clean.mean()
-        times = [found.ablated.mean() / clean, found.clean_scale.mean() / clean]
-        values[f"layer {l}: goes, comes back"] = [mended(found), comes_back(found)]
+        goes.append(mended(found))
+        comes.append(comes_back(found))
+        times = torch.stack([found.ablated.mean(), found.clean_scale.mean()]) / found.clean.mean()
+        values[f"layer {l}: goes, comes back"] = [goes[l], comes[l]]
         values[f"layer {l}: times the MSE, and with the clean scale"] = times
 
-    layer_1 = arms(study, 1)
-    goes = mended(layer_1)
-    is_gain = goes >= 0.8 and comes_back(layer_1) >= 0.5
-    others = [arms(study, 0), arms(study, 2)]
-    others_are_not = all(mended(other) < 0.5 and comes_back(other) < 0.5 for other in others)
-    ci = interval(*layer_1, of=lambda *resampled: mended(Arms(*resampled)))
-    return Finding(goes, verdict(is_gain and others_are_not, is_gain), values, ci)
+    is_gain = goes[1] >= 0.8 and comes[1] >= 0.5
+    others_are_not = max(goes[0], comes[0], goes[2], comes[2]) < 0.5
+    ci = interval(*arms(study, 1), of=lambda *resampled: mended(Arms(*resampled)))
+    return Finding(goes[1], verdict(is_gain and others_are_not, is_gain), values, ci)
 
 
 # ---------- One number a position ----------
@@ -150,60 +138,38 @@ def claim_one_knob(study: Study) -> Finding:
 # ---------- Figure ----------
 def by_c(c: Tensor, values: Tensor) -> Tensor:
     """Means of values [batch, ...] over the sequences in each range of |c|, [8, ...]."""
-    return torch.stack(
-        [values[(c.abs() >= low) & (c.abs() < low + 0.25)].mean(0) for low in C_BINS]
-    )
+    bins = (c.abs() // WIDTH).clamp_max(7)
+    return torch.stack([values[bins == i].mean(0) for i in range(8)])
 
 
 @figure(26, "layer 1 as a gain control", 3)
 def figure_gain(study: Study):
     title = "Layer 1 is a gain control: what it does is one number a position, ln_final's scale"
     canvas, panels = grid(1, 2, 10.5, 4, title)
-    found = arms(study, 1)
-    c = study.test.c[:FEW]
-    target = study.test.targets[:FEW]
-    power = by_c(c, squared_errors(torch.zeros_like(target), target))
-    x = C_BINS + 0.125
+    x = WIDTH * (np.arange(8) + 0.5)
     axes = panels[0, 0]
-    axes.semilogy(
-        x,
-        by_c(c, found.ablated) / power,
-        "o-",
-        color=LAYERS[1],
-        label="layer 1's heads at their mean",
-    )
-    axes.semilogy(
-        x,
-        by_c(c, found.scale_alone) / power,
-        "s:",
-        color=LAYERS[1],
-        label="scale alone: intact, but divided by that model's scale",
-    )
-    axes.semilogy(
-        x,
-        by_c(c, found.clean_scale) / power,
-        "^--",
-        color=LAYERS[1],
-        label="clean scale: at their mean, but divided by the intact scale",
-    )
-    axes.semilogy(x, by_c(c, found.clean) / power, "o-", color=MODEL, label="the intact model")
-    axes.set(
-        title="the damage, and what mends it",
-        xlabel="|c|",
-        ylabel="unexplained share",
-        ylim=(None, 10),
-    )
+    target = study.test.targets[:FEW]
+    power = by_c(study.test.c[:FEW], squared_errors(torch.zeros_like(target), target))
+
+    found = arms(study, 1)
+    by_arm = by_c(study.test.c[:FEW], torch.stack(found, 1)) / power[:, None]  # [8, arm]
+    clean, ablated, clean_scale, alone = by_arm.T
+    blue = LAYERS[1]
+    axes.semilogy(x, ablated, "o-", color=blue, label="layer 1's heads at their mean")
+    label = "scale alone: intact, but divided by that model's scale"
+    axes.semilogy(x, alone, "s:", color=blue, label=label)
+    label = "clean scale: at their mean, but divided by the intact scale"
+    axes.semilogy(x, clean_scale, "^--", color=blue, label=label)
+    axes.semilogy(x, clean, "o-", color=MODEL, label="the intact model")
+    axes.set(title="the damage, and what mends it", xlabel="|c|", ylabel="unexplained share")
+    axes.set_ylim(None, 10)
     axes.legend(fontsize=7, loc="upper left")
 
     axes = panels[0, 1]
     scale = by_c(study.population.c, study.activations[SCALE][..., 0])  # [8, pos]
     for n, style in zip((3, 6, 9, 12), (":", "-.", "--", "-")):
         axes.plot(x, scale[:, n], ls=style, marker=".", color=MODEL, label=f"position {n}")
-    axes.set(
-        title="what the stream is divided by",
-        xlabel="|c|",
-        ylabel="scale of ln_final",
-        ylim=(0, None),
-    )
+    axes.set(title="what the stream is divided by", xlabel="|c|", ylabel="scale of ln_final")
+    axes.set_ylim(0, None)
     axes.legend()
     return canvas

@@ -28,8 +28,8 @@ import data
 import train
 from analyze import MODEL, grid, plain, short, table, to_png
 from beyond.filter import FILTER, filtered
-from beyond.symmetry import closed_forms, rotated_outputs
-from data import MAX_LENGTH, Sample, Task, explained
+from beyond.symmetry import Sequences, closed_forms, random_rotations, rotated, shares
+from data import MAX_LENGTH, Sample, Task
 from model import Transformer, fold, load_weights, save, settings_beside
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -98,7 +98,8 @@ def asymmetry(model: Transformer, task: str, length: int, generator: torch.Gener
     """The variance of the answers over rotations, as a share of the MSE, see beyond/symmetry.py."""
     first = data.find_task(task).first
     sample = data.sample(TESTED, length, generator, model.config.d_vocab, task=task)
-    outputs = rotated_outputs(model, sample.inputs, ROTATIONS, generator)
+    rotations = random_rotations(ROTATIONS, model.config.d_vocab, generator)
+    outputs, _ = rotated(model, sample.inputs, rotations)
     variance = outputs.var(0)[:, first:].mean()
     return variance / data.mse(model(sample.inputs), sample.targets, first)
 
@@ -116,20 +117,18 @@ def measure(run: str) -> dict:
     sample = data.sample(TESTED, MAX_LENGTH, generator, model.config.d_vocab, task=name)
     x = sample.inputs
     target = sample.targets[:, task.first :]
-    output = model(x)[:, task.first :]
+    output = model(x)
 
     def by_position(prediction: Tensor) -> Tensor:
         return (prediction - target).pow(2).mean((0, 2))
 
-    model_mse = by_position(output)
+    model_mse = by_position(output[:, task.first :])
     zero_mse = by_position(torch.zeros_like(target))
     filter_mse = by_position(filtered(x, name)[:, task.first :])
     solver_mse = by_position(task.solve(x.double()).float())
 
-    field = closed_forms(model, x[:FIELD])[:, task.first :]
-    of_output = explained(field, output[:FIELD])
-    # The model's error, as a share of its output.
-    off = 1 - explained(target[:FIELD], output[:FIELD])
+    few = Sequences(x[:FIELD], sample.targets[:FIELD], output[:FIELD], task.first)
+    field = shares(closed_forms(model, few.x), few)
     return plain(
         {
             "task": name,
@@ -142,8 +141,8 @@ def measure(run: str) -> dict:
             "asymmetry with 5, 8, 14 inputs": [
                 asymmetry(model, name, length, generator) for length in LENGTHS
             ],
-            "closed form: of the output": of_output,
-            "closed form: of the error": 1 - (1 - of_output) / off,
+            "closed form: of the output": field.output,
+            "closed form: of the error": field.error,
             "by position: model / 0": model_mse / zero_mse,
             "by position: filter / 0": filter_mse / zero_mse,
             "by position: solver / 0": solver_mse / zero_mse,

@@ -8,10 +8,11 @@ and every MLP one for its slope; take attention patterns and LayerNorm scales fr
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.linalg import pinv
 
 import data
-import interventions
 from analyze import (
     GREY,
     LAYERS,
@@ -29,19 +30,9 @@ from analyze import (
     write_values,
 )
 from beyond.filter import FILTER, claim, figure, filtered, fitted_filter
-from beyond.symmetry import (
-    CLOSED_FORM,
-    KINDS,
-    LENGTHS,
-    OF_A_KIND,
-    WHERE_IT_ERRS,
-    Shares,
-    fielded,
-    first_judged,
-    kinds,
-    shares,
-)
+from beyond.symmetry import CLOSED_FORM, KINDS, LENGTHS, OF_A_KIND, WHERE_IT_ERRS, Shares, fielded, kinds, shares
 from data import FIRST_POSITION, explained
+from interventions import join, record
 from model import data_basis, data_ov_circuit
 
 SCALARS = "tab:red"
@@ -50,15 +41,12 @@ FOR_MEANS = 500  # sequences over which patterns are averaged
 
 
 # ---------- The scalar transformer ----------
-def patterns_and_scales(study: Study, x: Tensor) -> dict[str, Tensor]:
-    """What the scalar transformer takes from the model on inputs x; and the output."""
+def patterns_and_scales(study: Study, x: Tensor) -> dict:
+    """What the scalar transformer takes from the model on inputs x, by hook name; and the "output"."""
     names = [SCALE]
     for l in study.layers:
-        names += [
-            f"blocks.{l}.attn.hook_pattern",
-            f"blocks.{l}.ln1.hook_scale",
-            f"blocks.{l}.ln2.hook_scale",
-        ]
+        block = f"blocks.{l}"
+        names += [f"{block}.attn.hook_pattern", f"{block}.ln1.hook_scale", f"{block}.ln2.hook_scale"]
     return study.record(x, *names)
 
 
@@ -72,19 +60,20 @@ def traces(study: Study) -> Tensor:
 def mlp_slopes(study: Study) -> Tensor:
     """The slope of what each MLP writes on what it reads, [n_layers], in W_U's coordinates, less the mean at
     the position, population, n >= 2."""
+    W_U = study.model.unembed.W_U
     slopes = []
     for l in study.layers:
-        read_name = f"blocks.{l}.ln2.hook_normalized"
-        written_name = f"blocks.{l}.hook_mlp_out"
-        activations = study.record(study.population.inputs, read_name, written_name)
-        read = activations[read_name][:, FIRST_POSITION:] @ study.model.unembed.W_U
-        written = activations[written_name][:, FIRST_POSITION:] @ study.model.unembed.W_U
+        resid = study.activations[f"blocks.{l}.hook_resid_mid"]
+        written = study.activations[f"blocks.{l}.hook_mlp_out"][:, FIRST_POSITION:] @ W_U
+        # The folded model's ln2 has no weights.
+        normalised = F.layer_norm(resid, resid.shape[-1:], eps=study.model.config.eps)
+        read = normalised[:, FIRST_POSITION:] @ W_U
         (slope,), _ = regress(written - written.mean(0), read - read.mean(0))
         slopes.append(slope)
     return torch.tensor(slopes)
 
 
-def data_steps(taken: dict[str, Tensor], kappa: Tensor, slopes: Tensor) -> dict[str, Tensor]:
+def data_steps(taken: dict, kappa: Tensor, slopes: Tensor) -> dict:
     """C after every step, {step: [batch, dest, src]}: the factor with which position n holds a_s, when each
     head moves data by its kappa and each MLP multiplies it, with the patterns and scales `taken`.
     """
@@ -107,20 +96,14 @@ def data_steps(taken: dict[str, Tensor], kappa: Tensor, slopes: Tensor) -> dict[
     return steps
 
 
-def source_factors(taken: dict[str, Tensor], kappa: Tensor, slopes: Tensor) -> Tensor:
-    """The weight of each source in the prediction, [batch, dest, src]."""
+def source_factors(taken: dict, kappa: Tensor, slopes: Tensor) -> Tensor:
+    """The weight of each source in the prediction of the 27 numbers, [batch, dest, src]: prediction = factors
+    @ x."""
     return data_steps(taken, kappa, slopes)["divided by ln_final"]
 
 
-def scalar_transformer(
-    taken: dict[str, Tensor], kappa: Tensor, slopes: Tensor, x: Tensor
-) -> Tensor:
-    """Predictions [batch, pos, d_vocab] of the 27 numbers on inputs x."""
-    return source_factors(taken, kappa, slopes) @ x
-
-
 @kept
-def mean_patterns(study: Study, length: int) -> dict[str, Tensor]:
+def mean_patterns(study: Study, length: int) -> dict:
     """Mean patterns, scales and "factors" on recurrences of so many inputs."""
     generator = study.generator(f"mean {length}")
     count = min(FOR_MEANS, study.size)
@@ -142,57 +125,40 @@ RIVALS = (
 )
 
 
-def predictions(study: Study, kind: str) -> dict[str, Tensor]:
-    """What the 27 numbers and those who know less predict, [batch, pos, d_vocab]; "shuffled" [permutation,
-    batch, ..]."""
-    x, truth = kinds(study)[kind]
+@kept
+def scores(study: Study, kind: str) -> dict[str, Shares]:
+    """What the 27 numbers, and those who know less, explain of the model's output and of its error; of 40
+    shuffles the mean."""
+    sequences = kinds(study)[kind]
+    x, truth, output, _ = sequences
     taken = patterns_and_scales(study, x)
+    means = mean_patterns(study, x.shape[1])
     kappa = traces(study)
     slopes = mlp_slopes(study)
-    means = mean_patterns(study, x.shape[1])
 
     def predict(kappa: Tensor) -> Tensor:
-        return scalar_transformer(taken, kappa, slopes, x)
+        return source_factors(taken, kappa, slopes) @ x
 
-    patterns = {
-        name: mean.expand(len(x), -1, -1, -1) for name, mean in means.items() if "pattern" in name
-    }
-    orders = torch.rand(SHUFFLES, *kappa.shape, generator=study.generator("shuffles")).argsort(-1)
-    found = {
+    patterns = {name: mean.expand_as(taken[name]) for name, mean in means.items() if "pattern" in name}
+    predictions = {
         "scalar transformer": predict(kappa),
         "the truth": truth,
         "fixed filter": filtered(x),
+        "filter fitted to the model": fitted_filter(x, output),
         "mean trace": predict(kappa.mean(1, keepdim=True).expand_as(kappa)),
-        "mean patterns": scalar_transformer(taken | patterns, kappa, slopes, x),
+        "mean patterns": source_factors(taken | patterns, kappa, slopes) @ x,
         "constant weights": means["factors"] @ x,
-        "filter fitted to the model": fitted_filter(x, taken["output"]),
-        "shuffled": torch.stack([predict(kappa.gather(1, order)) for order in orders]),
     }
     for l in study.layers[1:]:
         without = kappa.clone()
         without[l] = 0.0
-        found[f"without layer {l}"] = predict(without)
-    return found
+        predictions[f"without layer {l}"] = predict(without)
+    explained_by = {name: shares(prediction, sequences) for name, prediction in predictions.items()}
 
-
-@kept
-def scores(study: Study, kind: str) -> dict[str, Shares]:
-    """What each of `predictions` explains of the model's output and of its error; of "shuffled" the mean."""
-    x, truth = kinds(study)[kind]
-    output = study.model(x)
-    found = {}
-    for name, prediction in predictions(study, kind).items():
-        if name == "shuffled":
-            of_shuffles = [shares(shuffled, output, truth, kind) for shuffled in prediction]
-            of_output, of_error = torch.tensor(of_shuffles).mean(0).tolist()
-            found[name] = Shares(of_output, of_error)
-        else:
-            found[name] = shares(prediction, output, truth, kind)
-    return found
-
-
-def best_rival(study: Study, kind: str) -> str:
-    return max(RIVALS, key=lambda name: scores(study, kind)[name].output)
+    orders = torch.rand(SHUFFLES, *kappa.shape, generator=study.generator("shuffles")).argsort(-1)
+    of_shuffles = [shares(predict(kappa.gather(1, order)), sequences) for order in orders]
+    explained_by["shuffled"] = Shares(*torch.tensor(of_shuffles).mean(0).tolist())
+    return explained_by
 
 
 @claim("27 numbers predict the model, above all where it errs", None, 22, 3)
@@ -209,13 +175,13 @@ def claim_scalar_transformer(study: Study) -> Finding:
     for kind in KINDS:
         found = scores(study, kind)
         ours = found["scalar transformer"]
-        rival = best_rival(study, kind)
-        times = (1 - found[rival].output) / (1 - ours.output)
+        best = max(RIVALS, key=lambda name: found[name].output)
+        times = (1 - found[best].output) / (1 - ours.output)
         if kind in WHERE_IT_ERRS and ours.output >= 0.97 and ours.error >= 0.9 and times >= 4:
             evidence.append(kind)
         values[f"{kind}: of the output"] = ours.output
         values[f"{kind}: of the error"] = ours.error
-        values[f"{kind}: the best rival ({rival}) leaves, times as much"] = times
+        values[f"{kind}: the best rival ({best}) leaves, times as much"] = times
         for name in ("without layer 1", *RIVALS):
             values[f"{kind}: {name}"] = found[name].output
 
@@ -223,62 +189,58 @@ def claim_scalar_transformer(study: Study) -> Finding:
     values["kappa"] = traces(study)
     values["slopes of the MLPs"] = mlp_slopes(study)
     outcome = verdict("white noise" in evidence and len(evidence) >= 2, evidence)
-    return Finding(values["white noise: of the output"], outcome, values)
+    return Finding(scores(study, "white noise")["scalar transformer"].output, outcome, values)
 
 
 # ---------- Put into the real model ----------
-def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict[str, interventions.Hook]:
+def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict:
     """Hooks that make every head of a layer move data by kappa [n_heads] times I: hook_attn_out gets the
     difference, in what W_U reads, and all that comes later reacts."""
     model = study.model
-    read = torch.linalg.pinv(data_basis(model, layer))  # [d_model, d_vocab]; from layer 1 on this is W_U
-    write = torch.linalg.pinv(model.unembed.W_U)
-    circuits = data_ov_circuit(model, layer)
-    multiples = kappa[:, None, None] * torch.eye(circuits.shape[-1], dtype=kappa.dtype)
-    change = multiples - circuits  # [n_heads, d_vocab, d_vocab]
+    circuits = data_ov_circuit(model, layer)  # [n_heads, d_vocab, d_vocab]
+    change = kappa[:, None, None] * torch.eye(circuits.shape[-1]).to(kappa) - circuits
     normalised_name = f"blocks.{layer}.ln1.hook_normalized"
     pattern_name = f"blocks.{layer}.attn.hook_pattern"
-    seen: dict[str, Tensor] = {}
+    seen: dict = {}
 
     def heads(out: Tensor) -> Tensor:
-        x = seen[normalised_name] @ read
+        x = seen[normalised_name] @ pinv(data_basis(model, layer))  # [batch, pos, d_vocab]
         moved = torch.einsum("bhqk,bkv,hvw->bqw", seen[pattern_name], x, change)
-        return out + moved @ write
+        return out + moved @ pinv(model.unembed.W_U)
 
-    record = interventions.record([normalised_name, pattern_name], seen)
-    return interventions.join(record, {f"blocks.{layer}.hook_attn_out": heads})
+    keep = record([normalised_name, pattern_name], seen)
+    return join(keep, {f"blocks.{layer}.hook_attn_out": heads})
 
 
-def put_layer_0(study: Study, x: Tensor, kappa: Tensor) -> dict[str, interventions.Hook]:
+def put_layer_0(study: Study, x: Tensor, kappa: Tensor) -> dict:
     """A hook that leaves after layer 0, in what W_U reads, the data of kappa [n_heads] and MLP 0's slope."""
-    taken = patterns_and_scales(study, x)
     W_U = study.model.unembed.W_U
-    held = data_steps(taken, kappa[None], mlp_slopes(study)[:1])["after MLP 0"] @ x
+    steps = data_steps(patterns_and_scales(study, x), kappa[None], mlp_slopes(study)[:1])
+    held = steps["after MLP 0"] @ x
 
     def replace(resid: Tensor) -> Tensor:
         off = held - resid @ W_U
         off = off - off.mean(0)  # the mean over sequences is position, not data
-        return resid + off @ torch.linalg.pinv(W_U)
+        return resid + off @ pinv(W_U)
 
     return {"blocks.0.hook_resid_post": replace}
 
 
 @kept
-def put_in(study: Study) -> dict[str, list[Tensor]]:
+def put_in(study: Study) -> dict[str, list]:
     """MSE, relative to the unchanged model's, by LENGTHS, with the scalars in place of a layer's heads, or of
     layer 0 as a whole, beside kappa = 0 and kappa shuffled."""
-    kappa = traces(study)
     generator = study.generator("put in")
-    found: dict[str, list[Tensor]] = {}
+    found: dict = {}
     for length in LENGTHS:
         count = min(OF_A_KIND, study.size)
         sample = data.sample(count, length, generator, study.model.config.d_vocab)
         x = sample.inputs
         clean = data.mse(study.model(x), sample.targets)
         arms = {}
-        for l in study.layers:
-            order = torch.randperm(len(kappa[l]), generator=generator)
-            numbers = {"": kappa[l], ", 0": 0 * kappa[l], ", shuffled": kappa[l][order]}
+        for l, kappa in enumerate(traces(study)):
+            order = torch.randperm(len(kappa), generator=generator)
+            numbers = {"": kappa, ", 0": 0 * kappa, ", shuffled": kappa[order]}
             for suffix, changed in numbers.items():
                 arms[f"layer {l}'s heads{suffix}"] = put_scalars(study, l, changed)
                 if l == 0:
@@ -322,20 +284,14 @@ def figure_left_of_the_output(study: Study):
         "closed form": CLOSED_FORM,
     }
     for row, kind in enumerate(KINDS):
-        found = fielded(study, kind)
-        first = first_judged(kind)
-        left = {
-            name: 1 - share.output for name, share in scores(study, kind).items() if name in colors
-        }
-        left["closed form"] = 1 - explained(found.prediction[:, first:], found.output[:, first:])
+        field = fielded(study, kind)
+        predictors = scores(study, kind) | {"closed form": shares(field.prediction, field.sequences)}
         for name, color in colors.items():
-            inside = least <= left[name] <= most
-            x = min(max(left[name], least), most)
-            marker = "o" if inside else (">" if left[name] > most else "<")
+            left = 1 - predictors[name].output
+            marker = "<" if left < least else ">" if left > most else "o"
+            x = min(max(left, least), most)
             axes.plot(x, row, marker, ms=8, color=color, label=name if row == 0 else None)
-    axes.set(
-        xscale="log", xlim=(0.8 * least, 1.25 * most), xlabel="share of the output that is left"
-    )
+    axes.set(xscale="log", xlim=(0.8 * least, 1.25 * most), xlabel="share of the output that is left")
     axes.set_title("further left is nearer to the model; an arrow is off the axis")
     axes.set_yticks(range(len(KINDS)), KINDS)
     axes.invert_yaxis()
@@ -346,23 +302,21 @@ def figure_left_of_the_output(study: Study):
 
 @figure(24, "the 27 numbers, and maps that they stand for", 3)
 def figure_scalars(study: Study):
-    canvas, panels = grid(
-        1, 5, 13, 3, "27 numbers, and a 40 x 40 map of each layer that one stands for"
-    )
+    title = "27 numbers, and a 40 x 40 map of each layer that one stands for"
+    canvas, panels = grid(1, 5, 13, 3, title)
     kappa = traces(study)
+    axes = panels[0, 0]
     heads = np.arange(len(study.heads))
     for l in study.layers:
-        x = heads + l * (len(heads) + 1)
-        panels[0, 0].bar(x, kappa[l], color=LAYERS[l % 3], label=f"layer {l}")
-        panels[0, 1].bar(l, mlp_slopes(study)[l], color=LAYERS[l % 3])
-    panels[0, 0].axhline(0, color=GREY, lw=0.8)
-    panels[0, 0].set(
-        title="$\\kappa$ of each head", xlabel="heads by layer", xticks=[], ylabel="factor"
-    )
-    panels[0, 0].legend()
-    panels[0, 1].set(
-        title="slope of each MLP", xlabel="layer", xticks=study.layers, ylabel="factor"
-    )
+        axes.bar(heads + l * (len(heads) + 1), kappa[l], color=LAYERS[l % 3], label=f"layer {l}")
+    axes.axhline(0, color=GREY, lw=0.8)
+    axes.set(title="$\\kappa$ of each head", xlabel="heads by layer", xticks=[], ylabel="factor")
+    axes.legend()
+
+    axes = panels[0, 1]
+    axes.bar(study.layers, mlp_slopes(study), color=LAYERS)
+    axes.set(title="slope of each MLP", xlabel="layer", xticks=study.layers, ylabel="factor")
+
     for l in study.layers[:3]:
         axes = panels[0, 2 + l]
         head = int(kappa[l].abs().argmax())
@@ -390,9 +344,8 @@ def figure_worked_pass(study: Study):
         f"ln1 divides $a_{{{n - 1}}}$ by {ln1:.3f}, ln2 by {ln2:.2f}, ln_final by {final:.2f}\n"
         f"the last row times $a_s$, summed: {share:.1%} of the output"
     )
-    canvas, panels = grid(
-        1, 1, 9, 4.6, f"What position {n} holds of each source: c = {study.test.c[i]:.2f}"
-    )
+    what = f"What position {n} holds of each source: c = {study.test.c[i]:.2f}"
+    canvas, panels = grid(1, 1, 9, 4.6, what)
     heat(panels[0, 0], matrix, title, "source s", bar="factor")
     write_values(panels[0, 0], matrix)
     panels[0, 0].set_yticks(range(len(steps)), steps)

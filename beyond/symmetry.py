@@ -9,19 +9,19 @@ position holds besides.
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor
 
 import data
-import interventions
-from analyze import GREY, LAYERS, MODEL, POPULATION, TRUTH, Finding, Study, grid, kept, verdict
+from analyze import CHUNK, GREY, LAYERS, MODEL, POPULATION, TRUTH, Finding, Study, grid, kept, verdict
 from beyond.filter import POSITIONS, claim, figure, filtered, fitted_filter
-from data import FIRST_POSITION, MAX_LENGTH, explained
+from data import FIRST_POSITION, MAX_LENGTH, MIN_LENGTH, explained
+from interventions import Hook, hold, record
 from model import ACTIVATIONS, Attention, Hooks, Transformer
 
 CLOSED_FORM = "tab:purple"
@@ -41,21 +41,25 @@ DIRECTIONS = (1, 2, 4, 6, 8)  # numbers that t may keep
 
 
 # ---------- Half of the error is asymmetry ----------
-def random_rotation(d: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix [d, d], all alike likely (Haar): QR with the signs of R's diagonal."""
-    Q, R = torch.linalg.qr(torch.randn(d, d, generator=generator))
-    return Q * R.diagonal().sign()
+def random_rotations(count: int, d: int, generator: torch.Generator) -> Tensor:
+    """Random orthogonal matrices [count, d, d], all alike likely (Haar): QR with the signs of R's diagonal."""
+    Q, R = torch.linalg.qr(torch.randn(count, d, d, generator=generator))
+    signs = R.diagonal(dim1=1, dim2=2).sign()
+    return Q * signs[:, None]
 
 
-def rotated_outputs(
-    model: Transformer, x: Tensor, count: int, generator: torch.Generator, hooks: dict | None = None
-) -> Tensor:
-    """The answers to a turned sequence, turned back, f(x Q) Q^T, for `count` random Q: [count, *x.shape]."""
+def rotated(model: Transformer, x: Tensor, rotations: Tensor, names=()) -> tuple:
+    """The answers to a turned sequence, turned back, f(x Q) Q^T, [count, *x.shape], and the means over the
+    rotations of activations, by hook name."""
     outputs = []
-    for _ in range(count):
-        Q = random_rotation(x.shape[-1], generator).to(x)
-        outputs.append(model(x @ Q, hooks=hooks) @ Q.T)
-    return torch.stack(outputs)
+    means = dict.fromkeys(names, 0.0)
+    for Q in rotations.to(x):
+        activations: dict = {}
+        output = model(x @ Q, hooks=record(names, activations))
+        outputs.append(output @ Q.T)
+        for name, value in activations.items():
+            means[name] = means[name] + value / len(rotations)
+    return torch.stack(outputs), means
 
 
 class Turned(NamedTuple):
@@ -64,26 +68,20 @@ class Turned(NamedTuple):
     sample: data.Sample
     output: Tensor  # [batch, pos, d_vocab]: the model's, unturned
     outputs: Tensor  # [FOR_VARIANCE, batch, pos, d_vocab]: f(x Q) Q^T
-    means: dict[str, Tensor]  # of every layer's queries and keys over the rotations, by hook name
+    means: dict  # of every layer's queries and keys over the rotations, by hook name
 
 
 @kept
 def turned(study: Study, length: int) -> Turned:
     generator = study.generator(f"rotations {length}")
-    sample = data.sample(min(SEQUENCES, study.size), length, generator, study.model.config.d_vocab)
-    sums: dict[str, Tensor] = {}
-
-    def add_up(name: str) -> Callable:
-        def hook(value: Tensor) -> Tensor:
-            sums[name] = sums.get(name, 0) + value
-            return value
-
-        return hook
-
+    d_vocab = study.model.config.d_vocab
+    sample = data.sample(min(SEQUENCES, study.size), length, generator, d_vocab)
+    rotations = random_rotations(ROTATIONS, d_vocab, generator)
     names = [f"blocks.{l}.attn.hook_{which}" for l in study.layers for which in "qk"]
-    hooks = {name: add_up(name) for name in names}
-    outputs = rotated_outputs(study.model, sample.inputs, ROTATIONS, generator, hooks)
-    means = {name: total / ROTATIONS for name, total in sums.items()}
+
+    parts = [rotated(study.model, x, rotations, names) for x in sample.inputs.split(CHUNK)]
+    outputs = torch.cat([outputs for outputs, _ in parts], 1)
+    means = {name: torch.cat([means[name] for _, means in parts]) for name in names}
     return Turned(sample, study.model(sample.inputs), outputs[:FOR_VARIANCE], means)
 
 
@@ -91,21 +89,20 @@ def turned(study: Study, length: int) -> Turned:
 def asymmetry_by_position(study: Study) -> tuple[Tensor, Tensor]:
     """MSE and asymmetry at the positions 2 .. 13 over sequences of all lengths, on the same sequences."""
     generator = study.generator("rotations by position")
-    per_length = max(2, PER_LENGTH * study.size // POPULATION)
-    squared = torch.zeros(len(POSITIONS))
-    variances = torch.zeros(len(POSITIONS))
-    counts = torch.zeros(len(POSITIONS))
-    for length in range(data.MIN_LENGTH, MAX_LENGTH + 1):
-        sample = data.sample(per_length, length, generator, study.model.config.d_vocab)
-        outputs = rotated_outputs(study.model, sample.inputs, FOR_VARIANCE, generator)
+    d_vocab = study.model.config.d_vocab
+    count = max(2, PER_LENGTH * study.size // POPULATION)
+    errors = torch.full((MAX_LENGTH + 1, MAX_LENGTH), torch.nan)  # [length, pos]
+    variances = errors.clone()
+    for length in range(MIN_LENGTH, MAX_LENGTH + 1):
+        sample = data.sample(count, length, generator, d_vocab)
+        rotations = random_rotations(FOR_VARIANCE, d_vocab, generator)
+        outputs, _ = rotated(study.model, sample.inputs, rotations)
         # The mean over rotations of the error has the model's expectation and varies less.
-        error = (outputs - sample.targets).pow(2).mean((0, 3))  # [batch, pos]
-        variance = outputs.var(0).mean(-1)
-        judged = length - FIRST_POSITION
-        squared[:judged] += error[:, FIRST_POSITION:].sum(0)
-        variances[:judged] += variance[:, FIRST_POSITION:].sum(0)
-        counts[:judged] += per_length
-    return squared / counts, variances / counts
+        errors[length, :length] = (outputs - sample.targets).pow(2).mean((0, 1, 3))
+        variances[length, :length] = outputs.var(0).mean((0, 2))
+    mse = errors.nanmean(0)
+    asymmetry = variances.nanmean(0)
+    return mse[FIRST_POSITION:], asymmetry[FIRST_POSITION:]
 
 
 @claim("half of the model's error is that its answers do not quite turn with its inputs", None, 21)
@@ -120,11 +117,10 @@ def claim_rotations(study: Study) -> Finding:
     for length in LENGTHS:
         found = turned(study, length)
         target = found.sample.targets
-        mse = data.mse(found.output, target)
         variance = found.outputs.var(0)[:, FIRST_POSITION:].mean()
-        shares.append(variance / mse)
-        mses.append(mse)
+        mses.append(data.mse(found.output, target))
         zeros.append(data.mse(torch.zeros_like(target), target))
+        shares.append(variance / mses[-1])
 
     useful = all(mse <= zero / 100 for mse, zero in zip(mses, zeros))
     third = min(shares) >= 1 / 3
@@ -154,15 +150,10 @@ def moments(act_fn: str, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         return mu * slope + s * density, slope
 
     s = s.clamp_min(1e-3)  # else rounding errors are divided by it
-    nodes, weights = np.polynomial.hermite_e.hermegauss(21)
+    z, weights = torch.tensor(np.stack(hermegauss(21))).to(mu)  # [21] each
     weights = weights / weights.sum()
-    mean = torch.zeros_like(mu)
-    slope = torch.zeros_like(mu)
-    for z, weight in zip(nodes.tolist(), weights.tolist()):
-        value = weight * ACTIVATIONS[act_fn](mu + s * z)
-        mean += value
-        slope += value * z / s
-    return mean, slope
+    values = ACTIVATIONS[act_fn](mu[..., None] + s[..., None] * z)
+    return values @ weights, values @ (weights * z) / s
 
 
 def coordinates(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,20 +176,19 @@ def layer_norm(stream: Tensor, eps: float) -> Tensor:
 def attend(attn: Attention, rows: Tensor, at: Hooks) -> Tensor:
     """What a layer's heads write, [pos, rows, d_model]. Inner products are sums over all rows; a bias touches
     the last one alone."""
-    q = torch.einsum("prd,hde->hpre", rows, attn.W_Q)  # [n_heads, pos, rows, d_head]
-    k = torch.einsum("prd,hde->hpre", rows, attn.W_K)
-    v = torch.einsum("prd,hde->hpre", rows, attn.W_V)
-    q[:, :, -1] += attn.b_Q[:, None]
-    k[:, :, -1] += attn.b_K[:, None]
-    v[:, :, -1] += attn.b_V[:, None]
+
+    def read(W: Tensor, b: Tensor) -> Tensor:
+        of_rows = torch.einsum("prd,hde->hpre", rows, W)  # [n_heads, pos, rows, d_head]
+        of_rows[:, :, -1] += b[:, None]
+        return of_rows
+
+    q = read(attn.W_Q, attn.b_Q)
+    k = read(attn.W_K, attn.b_K)
+    v = read(attn.W_V, attn.b_V)
 
     # Scores have two parts: what t says, numbers, and inner products of vectors.
-    q_A = q[:, :, :-1]
-    q_t = q[:, :, -1]
-    k_A = k[:, :, :-1]
-    k_t = k[:, :, -1]
-    numbers = torch.einsum("hqe,hke->hqk", q_t, k_t)
-    vectors = torch.einsum("hqre,hkre->hqk", q_A, k_A)
+    numbers = torch.einsum("hqe,hke->hqk", q[:, :, -1], k[:, :, -1])
+    vectors = torch.einsum("hqre,hkre->hqk", q[:, :, :-1], k[:, :, :-1])
     parts = at(f"{attn.name}.hook_attn_scores", torch.stack([numbers, vectors]))  # [2, head, dest, src]
     scores = parts.sum(0) / attn.d_head**0.5
     future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
@@ -220,9 +210,13 @@ def mlp_write(mlp, act_fn: str, rows: Tensor) -> Tensor:
     mu = read[:, -1] + mlp.b_in  # [pos, d_mlp]
     s = read[:, :-1].pow(2).sum(1).sqrt()  # [pos, d_mlp]
     mean, slope = moments(act_fn, mu, s)
-    vectors = (read[:, :-1] * slope[:, None]) @ mlp.W_out  # [pos, rows - 1, d_model]
-    numbers = mean @ mlp.W_out + mlp.b_out  # [pos, d_model]
-    return torch.cat([vectors, numbers[:, None]], 1)
+
+    passed = read  # written into, since these are the largest tensors here
+    passed[:, :-1] *= slope[:, None]
+    passed[:, -1] = mean
+    written = passed @ mlp.W_out  # [pos, rows, d_model]
+    written[:, -1] += mlp.b_out
+    return written
 
 
 @torch.no_grad()
@@ -278,13 +272,13 @@ def closed_forms(model: Transformer, x: Tensor, hooks: dict | None = None) -> Te
     return torch.stack([closed_form(model, sequence, hooks) for sequence in x])
 
 
-def whole_maps(model: Transformer, x: Tensor, stream: Tensor) -> Tensor:
+def whole_maps(model: Transformer, x: Tensor, stream: Tensor, with_t: float) -> Tensor:
     """What the closed form says of one sequence [pos, d_vocab] with the whole maps, sum_r e_r A W_U, in the
-    place of their traces. stream: at ln_final.hook_normalized."""
-    d_vocab = model.config.d_vocab
-    A = stream[:, :-1].unflatten(1, (-1, d_vocab)) * d_vocab**0.5  # [pos, R, d_vocab, d_model]
+    place of their traces; with_t: 1 with what t says, 0 without. stream: at ln_final.hook_normalized."""
     _, e = coordinates(x)
-    return torch.einsum("rv,prvd->pd", e, A) @ model.unembed.W_U
+    of_A = e.flatten() * model.config.d_vocab**0.5  # of row r * d_vocab + v it is e[r, v]
+    weights = torch.cat([of_A, of_A.new_tensor([with_t])])  # [rows]
+    return weights @ stream @ model.unembed.W_U + with_t * model.unembed.b_U
 
 
 # ---------- Kinds of sequences ----------
@@ -293,42 +287,46 @@ KINDS = ("recurrences", "4 inputs", "|c| 2.5 to 3", "two growths", "noise 0.1", 
 WHERE_IT_ERRS = KINDS[2:]
 
 
+class Sequences(NamedTuple):
+    """Sequences of one kind beside the model, [batch, pos, d_vocab] each."""
+
+    x: Tensor
+    truth: Tensor  # what would be right
+    output: Tensor  # what the model says
+    first: int  # position from which on predictions are compared
+
+
 @kept
-def kinds(study: Study) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sequences of each kind: inputs and what would be right, [batch, pos, d_vocab] each."""
+def kinds(study: Study) -> dict:
     count = min(OF_A_KIND, study.size)
     d_vocab = study.model.config.d_vocab
     g = study.generator("kinds")
     uniform = functools.partial(data.uniform, g)
     plain = data.sample(count, MAX_LENGTH, g, d_vocab).a
-    found = {
-        "recurrences": plain,
-        "|c| 2.5 to 3": data.sample(count, MAX_LENGTH, g, d_vocab, (2.5, 3.0)).a,
-        "4 inputs": data.sample(count, 4, g, d_vocab).a,
-    }
+    fast = data.sample(count, MAX_LENGTH, g, d_vocab, (2.5, 3.0)).a
+    short = data.sample(count, 4, g, d_vocab).a
 
     # f + c_1^n u at even n, f + c_2^n u at odd n, one growth of each sign.
-    sign = 1 - 2 * (torch.arange(count) % 2)[:, None]
-    c = uniform(1.2, 2, count, 2) * torch.cat([sign, -sign], 1)
+    signs = (-1) ** (torch.arange(count)[:, None] + torch.arange(2))
+    c = uniform(1.2, 2, count, 2) * signs
     fixed = uniform(-2, 2, count, 1, d_vocab)
     u = uniform(-2, 2, count, 1, d_vocab)
     n = torch.arange(MAX_LENGTH + 1)
-    powers = c[:, :, None] ** n  # [batch, 2, pos]
-    growth = torch.where(n % 2 == 0, powers[:, 0], powers[:, 1])
+    growth = c[:, n % 2] ** n  # [batch, pos]
     two_growths = fixed + growth[:, :, None] * u
     white = torch.randn(count, MAX_LENGTH + 1, d_vocab, generator=g)
-    found["two growths"], _ = data.normalise(two_growths, uniform(1, 2, count))
-    found["white noise"], _ = data.normalise(white, uniform(1, 2, count))
-
-    pairs = {kind: (a[:, :-1], a[:, 1:]) for kind, a in found.items()}
+    two_growths, _ = data.normalise(two_growths, uniform(1, 2, count))
+    white, _ = data.normalise(white, uniform(1, 2, count))
     noise = 0.1 * torch.randn(count, MAX_LENGTH, d_vocab, generator=g)
-    pairs["noise 0.1"] = (plain[:, :-1] + noise, plain[:, 1:])
-    return pairs
 
-
-def first_judged(kind: str) -> int:
-    """The position from which on predictions of a kind are compared."""
-    return FIRST_POSITION if kind == "4 inputs" else 4
+    found = {}
+    for kind, a in zip(KINDS, (plain, short, fast, two_growths, plain, white)):
+        x = a[:, :-1]
+        if kind == "noise 0.1":
+            x = x + noise
+        first = FIRST_POSITION if kind == "4 inputs" else 4
+        found[kind] = Sequences(x, a[:, 1:], study.model(x), first)
+    return found
 
 
 class Shares(NamedTuple):
@@ -338,66 +336,54 @@ class Shares(NamedTuple):
     error: float
 
 
-def shares(prediction: Tensor, output: Tensor, truth: Tensor, kind: str) -> Shares:
-    first = first_judged(kind)
-    output = output[:, first:]
-    of_output = explained(prediction[:, first:], output)
-    off = 1 - explained(truth[:, first:], output)  # the error, as a share of the output
+def shares(prediction: Tensor, sequences: Sequences) -> Shares:
+    judged = slice(sequences.first, None)
+    output = sequences.output[:, judged]
+    of_output = explained(prediction[:, judged], output)
+    off = 1 - explained(sequences.truth[:, judged], output)  # the error, as a share of the output
     return Shares(of_output, 1 - (1 - of_output) / off)
 
 
 # ---------- The model is a function of inner products ----------
 class Fielded(NamedTuple):
-    """The closed form beside the model on sequences of one kind, [batch, pos, d_vocab] each."""
+    """The closed form beside the model on sequences of one kind."""
 
-    x: Tensor
-    truth: Tensor
-    output: Tensor
-    prediction: Tensor
-    # Of the closed form, by sequence: attention scores, final stream.
-    activations: list[dict[str, Tensor]]
-
-
-def few(study: Study, count: int) -> int:
-    """`count` sequences, of an untrained model fewer."""
-    return min(count, max(2, study.size // 20))
+    sequences: Sequences
+    prediction: Tensor  # [batch, pos, d_vocab]
+    activations: list  # by sequence: attention scores, final stream
 
 
 @kept
 def fielded(study: Study, kind: str) -> Fielded:
     counts = {"recurrences": RECURRENCES, "noise 0.1": NOISE_FIELD, "white noise": NOISE_FIELD}
-    count = few(study, counts.get(kind, FIELD))
-    x, truth = kinds(study)[kind]
-    names = [
-        "ln_final.hook_normalized",
-        *(f"blocks.{l}.attn.hook_attn_scores" for l in study.layers),
-    ]
+    # Of an untrained model fewer.
+    count = min(counts.get(kind, FIELD), max(2, study.size // 20))
+    x, truth, output, first = kinds(study)[kind]
+    names = [f"blocks.{l}.attn.hook_attn_scores" for l in study.layers]
+    names.append("ln_final.hook_normalized")
+
     predictions = []
-    activations: list[dict] = []
+    activations: list = []
     for sequence in x[:count]:
         activations.append({})
-        hooks = interventions.record(names, activations[-1])
-        predictions.append(closed_form(study.model, sequence, hooks))
-    return Fielded(
-        x[:count], truth[:count], study.model(x[:count]), torch.stack(predictions), activations
-    )
+        predictions.append(closed_form(study.model, sequence, record(names, activations[-1])))
+    sequences = Sequences(x[:count], truth[:count], output[:count], first)
+    return Fielded(sequences, torch.stack(predictions), activations)
 
 
 @kept
-def field_rivals(study: Study, kind: str) -> dict[str, float]:
+def field_rivals(study: Study, kind: str) -> dict:
     """What predictors that know less leave of the model's output on the sequences of the closed form."""
-    x, truth = kinds(study)[kind]
-    output = study.model(x)
+    x, truth, output, _ = kinds(study)[kind]
     predictions = {
         "the truth": truth,
         "fixed filter": filtered(x),
         "filter fitted to the model": fitted_filter(x, output),
     }
-    first = first_judged(kind)
-    tested = slice(len(fielded(study, kind).x))
+    tested = fielded(study, kind).sequences
     left = {}
     for name, prediction in predictions.items():
-        left[name] = 1 - explained(prediction[tested, first:], output[tested, first:])
+        left[name] = 1 - shares(prediction[: len(tested.x)], tested).output
     return left
 
 
@@ -413,69 +399,71 @@ def claim_mean_field(study: Study) -> Finding:
     by_kind = {}
     for kind in KINDS:
         found = fielded(study, kind)
-        by_kind[kind] = shares(found.prediction, found.output, found.truth, kind)
+        by_kind[kind] = shares(found.prediction, found.sequences)
+    of_output = [share.output for share in by_kind.values()]
+    of_error = [by_kind[kind].error for kind in WHERE_IT_ERRS]
+    white = by_kind["white noise"]
 
     # The closed form against what it stands for.
-    recurrences = fielded(study, "recurrences")
-    sampled = rotated_outputs(
-        study.model, recurrences.x, SAMPLED, study.generator("sampled rotations")
-    )
+    found = fielded(study, "recurrences")
+    x, truth, output, _ = found.sequences
+    rotations = random_rotations(SAMPLED, x.shape[-1], study.generator("sampled rotations"))
+    sampled, _ = rotated(study.model, x, rotations)
     sampling = sampled.var(0)[:, FIRST_POSITION:].mean() / SAMPLED
-    mse_sampled = data.mse(sampled.mean(0), recurrences.truth) - sampling
-    mse_field = data.mse(recurrences.prediction, recurrences.truth)
+    mse_sampled = data.mse(sampled.mean(0), truth) - sampling
+    mse_field = data.mse(found.prediction, truth)
     is_the_mean = abs(mse_field - mse_sampled) <= 0.1 * mse_sampled
 
     # Against predictors that know less.
     values = {}
     times = []
     for kind in ("white noise", "noise 0.1", "two growths"):
-        left = 1 - by_kind[kind].output
-        for name, rival in field_rivals(study, kind).items():
-            times.append(rival / left)
-            values[f"{kind}: {name} leaves, times as much"] = rival / left
+        for name, left in field_rivals(study, kind).items():
+            times.append(left / (1 - by_kind[kind].output))
+            values[f"{kind}: {name} leaves, times as much"] = times[-1]
 
-    all_output = min(share.output for share in by_kind.values()) >= 0.98
-    all_error = min(by_kind[kind].error for kind in WHERE_IT_ERRS) >= 0.9
-    white = by_kind["white noise"]
+    everywhere = min(of_output) >= 0.98 and min(of_error) >= 0.9
     on_white_noise = white.output >= 0.98 and white.error >= 0.9
+    outcome = verdict(everywhere and is_the_mean and min(times) >= 3, on_white_noise)
+
+    # Where the asymmetry sits.
+    def mse_of_maps(with_t: float) -> Tensor:
+        maps = []
+        for sequence, activations in zip(x, found.activations):
+            stream = activations["ln_final.hook_normalized"]
+            maps.append(whole_maps(study.model, sequence, stream, with_t))
+        return data.mse(torch.stack(maps), truth)
 
     for kind in KINDS:
         values[f"{kind}: of the output"] = by_kind[kind].output
         values[f"{kind}: of the error"] = by_kind[kind].error
-    values["MSE on recurrences: model, mean field"] = [
-        data.mse(recurrences.output, recurrences.truth),
-        mse_field,
-    ]
-    values["MSE on recurrences, mean of all rotations (100 sampled)"] = mse_sampled
-    streams = [activations["ln_final.hook_normalized"] for activations in recurrences.activations]
-    maps = torch.stack(
-        [whole_maps(study.model, x, stream) for x, stream in zip(recurrences.x, streams)]
-    )
-    t = torch.stack([stream[:, -1] for stream in streams])
-    said_by_t = t @ study.model.unembed.W_U + study.model.unembed.b_U
-    values["MSE on recurrences, whole maps"] = data.mse(maps, recurrences.truth)
-    values["MSE on recurrences, whole maps and t"] = data.mse(maps + said_by_t, recurrences.truth)
-    outcome = verdict(all_output and all_error and is_the_mean and min(times) >= 3, on_white_noise)
-    return Finding([by_kind[kind].output for kind in KINDS], outcome, values)
+    values |= {
+        "MSE on recurrences: model, mean field": [data.mse(output, truth), mse_field],
+        "MSE on recurrences, mean of all rotations (100 sampled)": mse_sampled,
+        "MSE on recurrences, whole maps": mse_of_maps(0.0),
+        "MSE on recurrences, whole maps and t": mse_of_maps(1.0),
+    }
+    return Finding(of_output, outcome, values)
 
 
 # ---------- Where vectors are compared ----------
-def score_variances(study: Study) -> tuple[list[Tensor], list[Tensor]]:
+def score_variances(study: Study) -> tuple[list, list]:
     """Variance over sequences, in the mean field of recurrences, of the numbers' and of the vectors' part of
     the scores of each layer, less their mean over the sources of a row, which a softmax does not see.
     """
     sequences = fielded(study, "recurrences").activations
     past = torch.ones(MAX_LENGTH, MAX_LENGTH).tril()
+    sources = past.sum(-1, keepdim=True)  # of each row
     numbers = []
     vectors = []
     for l in study.layers:
         name = f"blocks.{l}.attn.hook_attn_scores"
         parts = torch.stack([sequence[name] for sequence in sequences])  # [batch, 2, n_heads, dest, src]
-        row_mean = (parts * past).sum(-1, keepdim=True) / past.sum(-1, keepdim=True)
+        row_mean = (parts * past).sum(-1, keepdim=True) / sources
         centred = (parts - row_mean) * past
-        variance = centred.var(0).sum((-2, -1)) / past.sum()  # [2, n_heads]
-        numbers.append(variance[0].mean())
-        vectors.append(variance[1].mean())
+        variance = centred.var(0).sum((-2, -1)).mean(-1) / past.sum()  # [2]
+        numbers.append(variance[0])
+        vectors.append(variance[1])
     return numbers, vectors
 
 
@@ -484,18 +472,16 @@ def without_directions(study: Study) -> Tensor:
     """MSE, relative to the unchanged model's, with queries and keys of a layer held at their mean over
     rotations of the inputs, so that its attention sees numbers and no directions: [layer, LENGTHS].
     """
-    rows = []
-    for l in study.layers:
-        row = []
-        for length in LENGTHS:
-            found = turned(study, length)
+    times = torch.zeros(len(study.layers), len(LENGTHS))
+    for i, length in enumerate(LENGTHS):
+        found = turned(study, length)
+        target = found.sample.targets
+        for l in study.layers:
             names = (f"blocks.{l}.attn.hook_q", f"blocks.{l}.attn.hook_k")
-            hooks = interventions.hold({name: found.means[name] for name in names})
+            hooks = hold({name: found.means[name] for name in names})
             held = study.model(found.sample.inputs, hooks=hooks)
-            clean = data.mse(found.output, found.sample.targets)
-            row.append(data.mse(held, found.sample.targets) / clean)
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
+            times[l, i] = data.mse(held, target) / data.mse(found.output, target)
+    return times
 
 
 @claim("vectors are compared once, in layer 0", None, 23, 3)
@@ -526,19 +512,18 @@ class Directions(NamedTuple):
 
 
 @kept
-def number_directions(study: Study) -> dict[str, Directions]:
+def number_directions(study: Study) -> dict:
     """Of t after every attention and every MLP, by hook name, over sequences that are not tested."""
     points = [f"blocks.{l}.hook_resid_{which}" for l in study.layers for which in ("mid", "post")]
-    at_point: dict[str, list[Tensor]] = {name: [] for name in points}
+    by_sequence = []
     for x in study.population.inputs[: min(OTHERS, study.size // 2)]:
-        streams: dict[str, Tensor] = {}
-        closed_form(study.model, x, interventions.record(points, streams))
-        for name in points:
-            at_point[name].append(streams[name][:, -1])
+        streams: dict = {}
+        closed_form(study.model, x, record(points, streams))
+        by_sequence.append({name: stream[:, -1] for name, stream in streams.items()})
 
     found = {}
-    for name, parts in at_point.items():
-        t = torch.stack(parts)  # [batch, pos, d_model]
+    for name in points:
+        t = torch.stack([streams[name] for streams in by_sequence])  # [batch, pos, d_model]
         mean = t.mean(0)
         varying = (t - mean).flatten(0, 1)
         _, directions = torch.linalg.eigh(varying.T @ varying)
@@ -546,10 +531,10 @@ def number_directions(study: Study) -> dict[str, Directions]:
     return found
 
 
-def keep_numbers(study: Study, count: int) -> dict[str, interventions.Hook]:
+def keep_numbers(study: Study, count: int) -> dict:
     """Hooks of `closed_form` that leave of t its mean and `count` numbers after every attention and MLP."""
 
-    def restrict(point: Directions) -> interventions.Hook:
+    def restrict(point: Directions) -> Hook:
         first = point.directions[:count]
 
         def hook(stream: Tensor) -> Tensor:  # [pos, rows, d_model], a copy that may be written into
@@ -563,15 +548,29 @@ def keep_numbers(study: Study, count: int) -> dict[str, interventions.Hook]:
     return {name: restrict(point) for name, point in number_directions(study).items()}
 
 
+class Restricted(NamedTuple):
+    """MSEs on the same recurrences."""
+
+    by_count: list  # of the closed form with so many numbers a position, by DIRECTIONS
+    closed_form: Tensor  # with all of them
+    model: Tensor
+    zero: Tensor  # of predicting 0
+
+
 @kept
-def restricted_mses(study: Study) -> list[Tensor]:
-    """MSE of the closed form on recurrences with so many numbers a position, by DIRECTIONS."""
+def restricted_mses(study: Study) -> Restricted:
     found = fielded(study, "recurrences")
-    mses = []
+    x, truth, output, _ = found.sequences
+    truth = truth[:RESTRICTED]
+
+    def mse(prediction: Tensor) -> Tensor:
+        return data.mse(prediction[:RESTRICTED], truth)
+
+    by_count = []
     for count in DIRECTIONS:
-        prediction = closed_forms(study.model, found.x[:RESTRICTED], keep_numbers(study, count))
-        mses.append(data.mse(prediction, found.truth[:RESTRICTED]))
-    return mses
+        prediction = closed_forms(study.model, x[:RESTRICTED], keep_numbers(study, count))
+        by_count.append(mse(prediction))
+    return Restricted(by_count, mse(found.prediction), mse(output), mse(torch.zeros_like(output)))
 
 
 @claim("beside multiples of the vectors a position holds eight numbers", None, 23)
@@ -581,39 +580,26 @@ def claim_numbers(study: Study) -> Finding:
     hundredth of that of predicting 0, with 8 at most 1.5 times as much, with 1 at least 3 times; partly if
     with 8 at most the model's own, and with 1 at least 3 times the unrestricted. Measured: the MSE with 8
     over the unrestricted."""
-    found = fielded(study, "recurrences")
-    truth = found.truth[:RESTRICTED]
-    unrestricted = data.mse(found.prediction[:RESTRICTED], truth)
-    model = data.mse(found.output[:RESTRICTED], truth)
-    zero = data.mse(torch.zeros_like(truth), truth)
-    restricted = restricted_mses(study)
-    with_one = restricted[0]
-    with_eight = restricted[-1]
+    mses = restricted_mses(study)
+    with_one = mses.by_count[0]
+    with_eight = mses.by_count[-1]
 
-    useful = unrestricted <= zero / 100
-    eight_suffice = with_eight <= 1.5 * unrestricted
-    one_does_not = with_one >= 3 * unrestricted
+    useful = mses.closed_form <= mses.zero / 100
+    eight_suffice = with_eight <= 1.5 * mses.closed_form
+    one_does_not = with_one >= 3 * mses.closed_form
     values = {
         "k": DIRECTIONS,
-        "MSE with k numbers": restricted,
-        "MSE unrestricted": unrestricted,
-        "MSE of the model": model,
-        "MSE of predicting 0": zero,
+        "MSE with k numbers": mses.by_count,
+        "MSE unrestricted": mses.closed_form,
+        "MSE of the model": mses.model,
+        "MSE of predicting 0": mses.zero,
     }
-    outcome = verdict(useful and eight_suffice and one_does_not, with_eight <= model and one_does_not)
-    return Finding(with_eight / unrestricted, outcome, values)
+    full = useful and eight_suffice and one_does_not
+    part = with_eight <= mses.model and one_does_not
+    return Finding(with_eight / mses.closed_form, verdict(full, part), values)
 
 
 # ---------- Figures ----------
-def draw_asymmetry(axes, study: Study):
-    """The MSE by position as asymmetry and the rest."""
-    mse, asymmetry = asymmetry_by_position(study)
-    axes.bar(POSITIONS, mse - asymmetry, color=CLOSED_FORM, label="the rest")
-    axes.bar(POSITIONS, asymmetry, bottom=mse - asymmetry, color=MODEL, label="asymmetry")
-    axes.set(xlabel="position n, at which $a_{n+1}$ is predicted", ylabel="mean squared error")
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-
-
 @figure(21, "half of the error is asymmetry")
 def figure_rotations(study: Study):
     title = "Answers to turned inputs, turned back and averaged: half of the error is asymmetry"
@@ -624,36 +610,39 @@ def figure_rotations(study: Study):
         found = turned(study, length)
         target = found.sample.targets
         mse = data.mse(found.output, target)
-        means = [data.mse(found.outputs[:count].mean(0), target) / mse for count in counts]
-        axes.plot(counts, means, marker=marker, ms=4, color=MODEL, label=f"{length} inputs")
+        shares = [data.mse(found.outputs[:count].mean(0), target) / mse for count in counts]
+        axes.plot(counts, shares, marker=marker, ms=4, color=MODEL, label=f"{length} inputs")
     for kind, style in {"4 inputs": ":", "recurrences": "--"}.items():
-        found = fielded(study, kind)
-        share = data.mse(found.prediction, found.truth) / data.mse(found.output, found.truth)
-        label = f"closed form, all rotations, {found.x.shape[1]} inputs"
+        x, truth, output, _ = fielded(study, kind).sequences
+        share = data.mse(fielded(study, kind).prediction, truth) / data.mse(output, truth)
+        label = f"closed form, all rotations, {x.shape[1]} inputs"
         axes.axhline(share, color=CLOSED_FORM, ls=style, label=label)
     axes.set(title="the mean of several rotations", xlabel="rotations averaged", ylim=(0, None))
     axes.set_ylabel("MSE / the model's MSE")
     axes.legend()
 
-    draw_asymmetry(panels[0, 1], study)
-    panels[0, 1].set_title("by position, sequences of all lengths")
-    panels[0, 1].legend()
+    axes = panels[0, 1]
+    mse, asymmetry = asymmetry_by_position(study)
+    axes.bar(POSITIONS, mse - asymmetry, color=CLOSED_FORM, label="the rest")
+    axes.bar(POSITIONS, asymmetry, bottom=mse - asymmetry, color=MODEL, label="asymmetry")
+    axes.set(title="by position, sequences of all lengths", ylabel="mean squared error")
+    axes.set_xlabel("position n, at which $a_{n+1}$ is predicted")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.legend()
     return canvas
 
 
 @figure(23, "where vectors are compared, and the numbers beside them", 3)
 def figure_angles(study: Study):
-    canvas, panels = grid(
-        1, 3, 12, 4, "Vectors are compared once, in layer 0; beside them a few numbers"
-    )
+    title = "Vectors are compared once, in layer 0; beside them a few numbers"
+    canvas, panels = grid(1, 3, 12, 4, title)
     axes = panels[0, 0]
-    times = without_directions(study)
-    for l in study.layers:
-        x = np.arange(len(LENGTHS)) + 0.25 * (l - 1)
-        axes.bar(x, times[l], 0.23, color=LAYERS[l % 3], label=f"layer {l}")
+    x = np.arange(len(LENGTHS))
+    for l, times in enumerate(without_directions(study)):
+        axes.bar(x + 0.25 * (l - 1), times, 0.23, color=LAYERS[l % 3], label=f"layer {l}")
     axes.axhline(1, color="black", lw=0.8)
     axes.set(title="queries and keys without directions", yscale="log", ylabel="times the MSE")
-    axes.set_xticks(range(len(LENGTHS)), [f"{length} inputs" for length in LENGTHS])
+    axes.set_xticks(x, [f"{length} inputs" for length in LENGTHS])
     axes.legend()
 
     axes = panels[0, 1]
@@ -661,22 +650,16 @@ def figure_angles(study: Study):
     layers = np.array(study.layers)
     axes.bar(layers - 0.2, numbers, 0.38, color=GREY, label="the numbers' part")
     axes.bar(layers + 0.2, vectors, 0.38, color=TRUTH, label="the vectors' part")
-    axes.set(
-        title="what attention scores consist of", yscale="log", ylabel="variance over sequences"
-    )
-    axes.set_ylim(None, 1e4)  # room for the legend
-    axes.set_xticks(study.layers, [f"layer {l}" for l in study.layers])
+    axes.set(title="what attention scores consist of", yscale="log", ylim=(None, 1e4))  # for the legend
+    axes.set_ylabel("variance over sequences")
+    axes.set_xticks(layers, [f"layer {l}" for l in layers])
     axes.legend()
 
     axes = panels[0, 2]
-    found = fielded(study, "recurrences")
-    truth = found.truth[:RESTRICTED]
-    axes.semilogy(
-        DIRECTIONS, restricted_mses(study), "o-", color=CLOSED_FORM, label="closed form, k numbers"
-    )
-    unrestricted = data.mse(found.prediction[:RESTRICTED], truth)
-    axes.axhline(unrestricted, color=CLOSED_FORM, ls="--", label="closed form, all 128")
-    axes.axhline(data.mse(found.output[:RESTRICTED], truth), color=MODEL, label="the model")
+    mses = restricted_mses(study)
+    axes.semilogy(DIRECTIONS, mses.by_count, "o-", color=CLOSED_FORM, label="closed form, k numbers")
+    axes.axhline(mses.closed_form, color=CLOSED_FORM, ls="--", label="closed form, all 128")
+    axes.axhline(mses.model, color=MODEL, label="the model")
     axes.set(title="how many numbers a position needs", xlabel="numbers k a position keeps")
     axes.set_ylabel("mean squared error")
     axes.legend()
