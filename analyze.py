@@ -167,28 +167,32 @@ class Study:
         self.heads = range(self.model.config.n_heads)
         self.results: dict = {}  # of functions under @kept
         self.version: list = []  # of the model that they belong to
-        self.population = self.draw("population")  # the sequences on which activations are averaged
-        self.test = self.draw("test")  # other sequences, on which interventions are judged
+        # The sequences on which activations are averaged, and those on which interventions are judged.
+        self.population = self.sample(POPULATION, self.generator("population"))
+        self.test = self.sample(POPULATION, self.generator("test"))
 
     def generator(self, purpose: str) -> torch.Generator:
         """A random stream for each purpose, so that a number does not depend on what else is computed."""
         seed = random.Random(f"{SEED} {purpose}").getrandbits(62)
         return torch.Generator().manual_seed(seed)
 
-    def draw(
-        self, purpose: str, size: int = POPULATION, c_range: tuple = (-2.0, 2.0)
+    def sample(
+        self,
+        count: int,
+        generator: torch.Generator,
+        length: int = MAX_LENGTH,
+        c_range: tuple = (-2.0, 2.0),
     ) -> data.Sample:
-        """`size` sequences of 14 inputs, but no more than the population has."""
+        """`count` sequences, but no more than the population has."""
         d_vocab = self.model.config.d_vocab
-        return data.sample(
-            min(size, self.size), MAX_LENGTH, self.generator(purpose), d_vocab, c_range
-        )
+        return data.sample(min(count, self.size), length, generator, d_vocab, c_range)
 
     @kept
     def near(self, c: int) -> data.Sample:
         """Sequences that alternate, c near -1, or their counterpart that does not, c near 1."""
         purpose = "alternating" if c < 0 else "steady"
-        return self.draw(purpose, EXAMPLES, (c - 0.1, c + 0.1))
+        c_range = (c - 0.1, c + 0.1)
+        return self.sample(EXAMPLES, self.generator(purpose), c_range=c_range)
 
     @property
     @kept
@@ -1046,28 +1050,25 @@ def claim_l1_mean_ablation(study: Study) -> Finding:
     """Means at each position over the population, MSE on other sequences. All heads of layer 1 at once
     multiply it by at most 4 (the paper's factor is 2); partly if only every head by itself does, or all at
     once with ln_final's scale held at its clean value."""
-    ablation = mean_ablation(study, interventions.layer_heads(study.model, 1))
-    errors = study.errors(1, ablation)
-    times = study.factor(errors)
-    times_held = study.factor(study.errors(1, ablation, scale=study.clean[SCALE]))
+    # The heads of each layer; those of layers 0 and 2 and the MLPs to compare.
+    ablations = [mean_ablation(study, interventions.layer_heads(study.model, l)) for l in study.layers]
+    by_layer = [study.errors(l, ablation) for l, ablation in enumerate(ablations)]
+    by_mlp = [
+        study.factor(study.errors(l, mean_ablation(study, mlps=[l]), FEW)) for l in study.layers
+    ]
     by_head = [
         study.factor(study.errors(1, mean_ablation(study, [(1, h)]), FEW)) for h in study.heads
     ]
-
-    # The other layers' heads and MLPs, to compare.
-    heads_by_layer = []
-    mlp_by_layer = []
-    for l in study.layers:
-        heads = mean_ablation(study, interventions.layer_heads(study.model, l))
-        heads_by_layer.append(study.factor(study.errors(l, heads)))
-        mlp_by_layer.append(study.factor(study.errors(l, mean_ablation(study, mlps=[l]), FEW)))
+    errors = by_layer[1]
+    times = study.factor(errors)
+    times_held = study.factor(study.errors(1, ablations[1], scale=study.clean[SCALE]))
 
     values = {
         "times the unchanged MSE": times,
         "times, clean scale": times_held,
         "times, each head": by_head,
-        "times, heads by layer": heads_by_layer,
-        "times, MLP by layer": mlp_by_layer,
+        "times, heads by layer": [study.factor(errors) for errors in by_layer],
+        "times, MLP by layer": by_mlp,
         "unchanged": study.baseline.mean(),
         "difference, interval": interval(errors - study.baseline),
     }

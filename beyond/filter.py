@@ -54,16 +54,16 @@ def filtered(x: Tensor, task: str = "affine") -> Tensor:
 
 
 def fit(x: Tensor, output: Tensor) -> Tensor:
-    """The filter K [pos, pos] whose predictions K @ x come nearest to a model's output, [batch, pos, d_vocab].
-    """
+    """The filter K [pos, pos], float64, whose predictions K @ x come nearest to a model's output, [batch, pos,
+    d_vocab] each."""
     columns = x.transpose(1, 2).flatten(0, 1).double()  # [batch * d_vocab, src]
     wanted = output.transpose(1, 2).flatten(0, 1).double()  # [batch * d_vocab, dest]
-    K = torch.zeros(x.shape[1], x.shape[1])
+    K = torch.zeros(x.shape[1], x.shape[1]).double()
     for n in range(len(K)):
         known = slice(n + 1)
-        # Where least squares knows the driver for dependent columns.
+        # The driver for dependent columns.
         fitted = torch.linalg.lstsq(columns[:, known], wanted[:, [n]], driver="gelsd")
-        K[n, known] = fitted.solution[:, 0].float()
+        K[n, known] = fitted.solution[:, 0]
     return K
 
 
@@ -73,7 +73,8 @@ def fitted_filter(x: Tensor, output: Tensor) -> Tensor:
     half = len(x) // 2
     first = fit(x[:half], output[:half])
     second = fit(x[half:], output[half:])
-    return torch.cat([second @ x[:half], first @ x[half:]])
+    x = x.double()
+    return torch.cat([second @ x[:half], first @ x[half:]]).to(output)
 
 
 class Errors(NamedTuple):

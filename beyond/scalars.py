@@ -105,9 +105,7 @@ def source_factors(taken: dict, kappa: Tensor, slopes: Tensor) -> Tensor:
 @kept
 def mean_patterns(study: Study, length: int) -> dict:
     """Mean patterns, scales and "factors" on recurrences of so many inputs."""
-    generator = study.generator(f"mean {length}")
-    count = min(FOR_MEANS, study.size)
-    sample = data.sample(count, length, generator, study.model.config.d_vocab)
+    sample = study.sample(FOR_MEANS, study.generator(f"mean {length}"), length)
     taken = patterns_and_scales(study, sample.inputs)
     taken["factors"] = source_factors(taken, traces(study), mlp_slopes(study))
     return {name: value.mean(0) for name, value in taken.items()}
@@ -233,8 +231,7 @@ def put_in(study: Study) -> dict[str, list]:
     generator = study.generator("put in")
     found: dict = {}
     for length in LENGTHS:
-        count = min(OF_A_KIND, study.size)
-        sample = data.sample(count, length, generator, study.model.config.d_vocab)
+        sample = study.sample(OF_A_KIND, generator, length)
         x = sample.inputs
         clean = data.mse(study.model(x), sample.targets)
         arms = {}

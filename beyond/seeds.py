@@ -116,6 +116,39 @@ def cell(claim: dict) -> str:
     return "" if isinstance(claim["measured"], list) else short(claim["measured"])
 
 
+def over_runs(claims: list[dict]) -> list[str]:
+    """One claim over several runs: what was measured, from the lowest to the highest, and its verdicts."""
+    cells = [cell(claim) for claim in claims]
+    measured = "-"
+    if cells and all(cells):
+        cells.sort(key=lambda text: float(text.split()[0]))
+        low, high = cells[0], cells[-1]
+        measured = high if low == high else f"{low.split()[0]} to {high}"
+
+    verdicts = [WORDS[claim["verdict"]] for claim in claims]
+    counts = [f"{verdicts.count(word)} {word}" for word in WORDS.values() if word in verdicts]
+    return [measured, ", ".join(counts) if len(counts) > 1 else "".join(verdicts[:1])]
+
+
+def by_heading(runs: dict[str, dict]) -> list[str]:
+    """A table with a row a claim: `over_runs` of the runs under each heading."""
+    groups: dict = {}
+    for found in runs.values():
+        groups.setdefault(heading(found), []).append(found["claims"])
+
+    rows = []
+    for name in claims_of(runs, of_paper=True) | claims_of(runs, of_paper=False):
+        row = [f"`{name}`"]
+        for group in groups.values():
+            row += over_runs([claims[name] for claims in group if name in claims])
+        rows.append(row)
+
+    header = ["claim"]
+    for text, group in groups.items():
+        header += [f"{text} ({len(group)})", "holds"]
+    return table(header, rows)
+
+
 def markdown(runs: dict[str, dict]) -> str:
     """seeds.md: a column a run, verdicts and what was measured."""
     lines = [
@@ -144,6 +177,7 @@ def markdown(runs: dict[str, dict]) -> str:
             rows.append(row)
         paper = ["paper"] if of_paper else []
         lines += ["", f"## {title}", "", *table(["claim", *paper, *runs], rows)]
+    lines += ["", "## By setting (number of runs)", "", *by_heading(runs)]
     return "\n".join([*lines, ""])
 
 

@@ -74,9 +74,8 @@ class Turned(NamedTuple):
 @kept
 def turned(study: Study, length: int) -> Turned:
     generator = study.generator(f"rotations {length}")
-    d_vocab = study.model.config.d_vocab
-    sample = data.sample(min(SEQUENCES, study.size), length, generator, d_vocab)
-    rotations = random_rotations(ROTATIONS, d_vocab, generator)
+    sample = study.sample(SEQUENCES, generator, length)
+    rotations = random_rotations(ROTATIONS, study.model.config.d_vocab, generator)
     names = [f"blocks.{l}.attn.hook_{which}" for l in study.layers for which in "qk"]
 
     parts = [rotated(study.model, x, rotations, names) for x in sample.inputs.split(CHUNK)]
@@ -94,7 +93,7 @@ def asymmetry_by_position(study: Study) -> tuple[Tensor, Tensor]:
     errors = torch.full((MAX_LENGTH + 1, MAX_LENGTH), torch.nan)  # [length, pos]
     variances = errors.clone()
     for length in range(MIN_LENGTH, MAX_LENGTH + 1):
-        sample = data.sample(count, length, generator, d_vocab)
+        sample = study.sample(count, generator, length)
         rotations = random_rotations(FOR_VARIANCE, d_vocab, generator)
         outputs, _ = rotated(study.model, sample.inputs, rotations)
         # The mean over rotations of the error has the model's expectation and varies less.
@@ -302,9 +301,9 @@ def kinds(study: Study) -> dict:
     d_vocab = study.model.config.d_vocab
     g = study.generator("kinds")
     uniform = functools.partial(data.uniform, g)
-    plain = data.sample(count, MAX_LENGTH, g, d_vocab).a
-    fast = data.sample(count, MAX_LENGTH, g, d_vocab, (2.5, 3.0)).a
-    short = data.sample(count, 4, g, d_vocab).a
+    plain = study.sample(count, g).a
+    fast = study.sample(count, g, c_range=(2.5, 3.0)).a
+    short = study.sample(count, g, 4).a
 
     # f + c_1^n u at even n, f + c_2^n u at odd n, one growth of each sign.
     signs = (-1) ** (torch.arange(count)[:, None] + torch.arange(2))
@@ -452,16 +451,16 @@ def score_variances(study: Study) -> tuple[list, list]:
     the scores of each layer, less their mean over the sources of a row, which a softmax does not see.
     """
     sequences = fielded(study, "recurrences").activations
-    past = torch.ones(MAX_LENGTH, MAX_LENGTH).tril()
-    sources = past.sum(-1, keepdim=True)  # of each row
+    # The future of a position is no number, which means over the past leave out.
+    future = torch.full((MAX_LENGTH, MAX_LENGTH), torch.nan).triu(1)
     numbers = []
     vectors = []
     for l in study.layers:
         name = f"blocks.{l}.attn.hook_attn_scores"
         parts = torch.stack([sequence[name] for sequence in sequences])  # [batch, 2, n_heads, dest, src]
-        row_mean = (parts * past).sum(-1, keepdim=True) / sources
-        centred = (parts - row_mean) * past
-        variance = centred.var(0).sum((-2, -1)).mean(-1) / past.sum()  # [2]
+        parts = parts + future
+        centred = parts - parts.nanmean(-1, keepdim=True)
+        variance = centred.var(0).nanmean((1, 2, 3))  # [2]
         numbers.append(variance[0])
         vectors.append(variance[1])
     return numbers, vectors
