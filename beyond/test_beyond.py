@@ -211,7 +211,6 @@ class Symmetry(TestCase):
             return found._replace(outputs=mean + 0.4 * (found.outputs - mean))
 
         self.assertEqual(verdict_of(symmetry.claim_rotations, turned=less), "not reproduced")
-        self.assertEqual(symmetry.claim_rotations(shipped().untrained).verdict, "not reproduced")
 
     def test_angles_finds_the_layers_that_compare_vectors(self):
         net = built_model(mlps=False)
@@ -277,8 +276,6 @@ class Scalars(TestCase):
         study = mock.Mock(model=net, layers=range(3))
         self.assertClose(scalars.traces(study), KAPPA, 1e-12)
         self.assertClose(scalars.source_factors(cache, KAPPA, SLOPES) @ x, output, 1e-10)
-        self.assertGreater((output - output.mean(0)).abs().max(), 0.1)
-        self.assertEqual(len(scalars.data_steps(cache, KAPPA, SLOPES)), 7)
 
     def test_put_in_they_change_nothing_where_they_are_what_the_model_has(self):
         net, x, cache = built_model(mlps=True), sequences().inputs, {}
