@@ -42,7 +42,8 @@ def fixed_filter(d_vocab: int = data.D_VOCAB, task: str = "affine") -> Tensor:
         vectors = slice(n + 2)
         known = slice(n + 1)
         grams[vectors, vectors] += torch.einsum("bsv,btv->st", a, a)
-        filters[n, known] = torch.linalg.solve(grams[known, known], grams[known, n + 1])
+        wanted = grams[known, n + 1]
+        filters[n, known] = torch.linalg.solve(grams[known, known], wanted)
     return filters
 
 
@@ -50,14 +51,16 @@ def filtered(x: Tensor, task: str = "affine") -> Tensor:
     """The filter's prediction at each position, [batch, pos, d_vocab] -> the same."""
     positions = slice(x.shape[1])
     K = fixed_filter(x.shape[-1], task)[positions, positions]
-    return (K @ x.double()).to(x)
+    predicted = K @ x.double()
+    return predicted.to(x)
 
 
 def fit(x: Tensor, output: Tensor) -> Tensor:
-    """The filter K [pos, pos], float64, whose predictions K @ x come nearest to a model's output, [batch, pos,
-    d_vocab] each."""
+    """The filter K [pos, pos], float64, whose predictions K @ x come nearest to a model's output, [batch,
+    pos, d_vocab] each."""
     columns = x.transpose(1, 2).flatten(0, 1).double()  # [batch * d_vocab, src]
     wanted = output.transpose(1, 2).flatten(0, 1).double()  # [batch * d_vocab, dest]
+
     K = torch.zeros(x.shape[1], x.shape[1]).double()
     for n in range(len(K)):
         known = slice(n + 1)
@@ -74,7 +77,8 @@ def fitted_filter(x: Tensor, output: Tensor) -> Tensor:
     first = fit(x[:half], output[:half])
     second = fit(x[half:], output[half:])
     x = x.double()
-    return torch.cat([second @ x[:half], first @ x[half:]]).to(output)
+    predicted = torch.cat([second @ x[:half], first @ x[half:]])
+    return predicted.to(output)
 
 
 class Errors(NamedTuple):
@@ -92,8 +96,10 @@ def errors(study: Study) -> Errors:
     count = max(2, TESTED * study.size // analyze.POPULATION)
     by_length = []
     for sample in data.held_out(count, seed, d_vocab=study.model.config.d_vocab):
-        model = (study.model(sample.inputs) - sample.targets).pow(2).mean(-1)  # [batch, pos]
-        fixed = (filtered(sample.inputs) - sample.targets).pow(2).mean(-1)
+        off = study.model(sample.inputs) - sample.targets
+        model = off.pow(2).mean(-1)  # [batch, pos]
+        off = filtered(sample.inputs) - sample.targets
+        fixed = off.pow(2).mean(-1)
         position = torch.arange(model.shape[1]).expand_as(model)
         c = sample.c[:, None].expand_as(model)
         parts = torch.stack([model, fixed, position, c])
@@ -143,7 +149,9 @@ def figure_errors(study: Study):
     axes = panels[0, 1]
     edges = np.arange(-2, 2, 0.25)
     in_range = [(squared.c >= edge) & (squared.c < edge + 0.25) for edge in edges]
-    axes.semilogy(edges + 0.125, [squared.model[i].mean() for i in in_range], ".-", **model)
-    axes.semilogy(edges + 0.125, [squared.filter[i].mean() for i in in_range], ".-", **fixed)
+    of_model = [squared.model[i].mean() for i in in_range]
+    of_filter = [squared.filter[i].mean() for i in in_range]
+    axes.semilogy(edges + 0.125, of_model, ".-", **model)
+    axes.semilogy(edges + 0.125, of_filter, ".-", **fixed)
     axes.set(xlabel="c, in ranges of 0.25", ylabel="mean squared error")
     return canvas

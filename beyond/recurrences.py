@@ -106,8 +106,8 @@ def asymmetry(model: Transformer, task: str, length: int, generator: torch.Gener
 
 @torch.no_grad()
 def measure(run: str) -> dict:
-    """Mean squared errors of a run's model, of the fixed filter and of the exact solver on 500 sequences of 14
-    inputs of its task, from the first determined vector on; its asymmetry; and what the closed form of the
+    """Mean squared errors of a run's model, of the fixed filter and of the exact solver on 500 sequences of
+    14 inputs of its task, from the first determined vector on; its asymmetry; and what the closed form of the
     mean over rotations explains of its output and of its error."""
     path = os.path.join(run, "weights.pt")
     model = fold(load_weights(path))

@@ -29,8 +29,19 @@ from analyze import (
     verdict,
     write_values,
 )
-from beyond.filter import FILTER, claim, figure, filtered, fitted_filter
-from beyond.symmetry import CLOSED_FORM, KINDS, LENGTHS, OF_A_KIND, WHERE_IT_ERRS, Shares, fielded, kinds, shares
+from beyond.filter import FILTER, claim, figure
+from beyond.symmetry import (
+    CLOSED_FORM,
+    KINDS,
+    LENGTHS,
+    OF_A_KIND,
+    WHERE_IT_ERRS,
+    Shares,
+    fielded,
+    kinds,
+    know_less,
+    shares,
+)
 from data import FIRST_POSITION, explained
 from interventions import join, record
 from model import data_basis, data_ov_circuit
@@ -128,7 +139,7 @@ def scores(study: Study, kind: str) -> dict[str, Shares]:
     """What the 27 numbers, and those who know less, explain of the model's output and of its error; of 40
     shuffles the mean."""
     sequences = kinds(study)[kind]
-    x, truth, output, _ = sequences
+    x = sequences.x
     taken = patterns_and_scales(study, x)
     means = mean_patterns(study, x.shape[1])
     kappa = traces(study)
@@ -138,11 +149,8 @@ def scores(study: Study, kind: str) -> dict[str, Shares]:
         return source_factors(taken, kappa, slopes) @ x
 
     patterns = {name: mean.expand_as(taken[name]) for name, mean in means.items() if "pattern" in name}
-    predictions = {
+    predictions = know_less(study, kind) | {
         "scalar transformer": predict(kappa),
-        "the truth": truth,
-        "fixed filter": filtered(x),
-        "filter fitted to the model": fitted_filter(x, output),
         "mean trace": predict(kappa.mean(1, keepdim=True).expand_as(kappa)),
         "mean patterns": source_factors(taken | patterns, kappa, slopes) @ x,
         "constant weights": means["factors"] @ x,
@@ -334,13 +342,7 @@ def figure_worked_pass(study: Study):
     matrix = torch.stack([held[0, n] for held in steps.values()])  # [step, src]
     share = explained(matrix[-1] @ x[0], taken["output"][0, n])
 
-    ln1 = taken["blocks.0.ln1.hook_scale"][0, n - 1, 0]
-    ln2 = taken["blocks.0.ln2.hook_scale"][0, n, 0]
-    final = taken[SCALE][0, n, 0]
-    title = (
-        f"ln1 divides $a_{{{n - 1}}}$ by {ln1:.3f}, ln2 by {ln2:.2f}, ln_final by {final:.2f}\n"
-        f"the last row times $a_s$, summed: {share:.1%} of the output"
-    )
+    title = f"the last row times $a_s$, summed: {share:.1%} of the output"
     what = f"What position {n} holds of each source: c = {study.test.c[i]:.2f}"
     canvas, panels = grid(1, 1, 9, 4.6, what)
     heat(panels[0, 0], matrix, title, "source s", bar="factor")

@@ -42,7 +42,7 @@ DIRECTIONS = (1, 2, 4, 6, 8)  # numbers that t may keep
 
 # ---------- Half of the error is asymmetry ----------
 def random_rotations(count: int, d: int, generator: torch.Generator) -> Tensor:
-    """Random orthogonal matrices [count, d, d], all alike likely (Haar): QR with the signs of R's diagonal."""
+    """Random orthogonal matrices [count, d, d], all alike likely (Haar): QR with R's diagonal positive."""
     Q, R = torch.linalg.qr(torch.randn(count, d, d, generator=generator))
     signs = R.diagonal(dim1=1, dim2=2).sign()
     return Q * signs[:, None]
@@ -165,8 +165,8 @@ def coordinates(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def layer_norm(stream: Tensor, eps: float) -> Tensor:
-    """LayerNorm of a folded model, whose stream has mean 0, where positions are matrices [pos, rows, d_model]:
-    the squared length of a position is the sum over all its rows."""
+    """LayerNorm of a folded model, whose stream has mean 0, where positions are matrices [pos, rows,
+    d_model]: the squared length of a position is the sum over all its rows."""
     squared_length = stream.pow(2).sum((1, 2), keepdim=True)
     mean_square = squared_length / stream.shape[-1]
     return stream / (mean_square + eps).sqrt()
@@ -371,18 +371,22 @@ def fielded(study: Study, kind: str) -> Fielded:
 
 
 @kept
-def field_rivals(study: Study, kind: str) -> dict:
-    """What predictors that know less leave of the model's output on the sequences of the closed form."""
+def know_less(study: Study, kind: str) -> dict:
+    """What predictors say that know less of the model, [batch, pos, d_vocab] by name."""
     x, truth, output, _ = kinds(study)[kind]
-    predictions = {
+    return {
         "the truth": truth,
         "fixed filter": filtered(x),
         "filter fitted to the model": fitted_filter(x, output),
     }
-    tested = fielded(study, kind).sequences
+
+
+def field_rivals(study: Study, kind: str) -> dict:
+    """What they leave of the model's output on the sequences of the closed form, by name."""
+    sequences = fielded(study, kind).sequences
     left = {}
-    for name, prediction in predictions.items():
-        left[name] = 1 - shares(prediction[: len(tested.x)], tested).output
+    for name, prediction in know_less(study, kind).items():
+        left[name] = 1 - shares(prediction[: len(sequences.x)], sequences).output
     return left
 
 
