@@ -17,7 +17,7 @@ import beyond.scalars  # noqa: F401
 import beyond.gain  # noqa: F401
 from analyze import MODEL, TRUTH, Study, grid, pick, run_command
 from beyond.filter import FILTER, OURS, POSITIONS, by_position, errors, figure
-from beyond.symmetry import CLOSED_FORM, asymmetry_by_position, fielded, shares
+from beyond.symmetry import CLOSED_FORM, asymmetry_by_position, compared, shares
 from data import MAX_LENGTH
 
 
@@ -35,7 +35,7 @@ def figure_summary(study: Study):
     for dimension, style in zip(moving, ("o-", "o:")):
         axes.plot(a[:, dimension], style, color=TRUTH, mfc="none", label="the truth")
         axes.plot(predicted, output[2:, dimension], "x", color=MODEL, label="the model's prediction")
-    axes.set(title=f"two of 40 dimensions, c = {study.test.c[i]:.2f}", xlabel="n", ylabel="$a_n$")
+    axes.set(title=f"two of {len(moving)} dimensions, c = {study.test.c[i]:.2f}", xlabel="n", ylabel="$a_n$")
     axes.legend(handles=axes.lines[:2], loc="upper left")
 
     axes = panels[0, 1]
@@ -49,7 +49,7 @@ def figure_summary(study: Study):
     axes.legend()
 
     axes = panels[0, 2]
-    noise = fielded(study, "white noise")
+    noise = compared(study, "white noise")
     judged = noise.sequences.first
     model = noise.sequences.output[:, judged:].flatten()
     closed_form = noise.prediction[:, judged:].flatten()

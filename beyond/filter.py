@@ -28,7 +28,7 @@ figure = OURS.figure
 
 
 @functools.cache
-def fixed_filter(d_vocab: int = data.D_VOCAB, task: str = "affine") -> Tensor:
+def fixed_filter(d_vocab: int, task: str) -> Tensor:
     """The best fixed linear filter, prediction_n = sum over s <= n of K[n, s] a_s: K [14, 14], float64, least
     squares on the training distribution, for each n from the first determined one (2) on all lengths in which
     it occurs."""
@@ -82,7 +82,8 @@ def fitted_filter(x: Tensor, output: Tensor) -> Tensor:
 
 
 class Errors(NamedTuple):
-    """Squared errors on new training sequences of all lengths, one for each position from 2 on."""
+    """Squared errors on new training sequences of all lengths, one for each position from 2 on, in one row
+    each."""
 
     model: Tensor
     filter: Tensor
@@ -127,7 +128,7 @@ def claim_fixed_filter(study: Study) -> Finding:
         "MSE of the filter, positions 2 to 13": fixed,
     }
 
-    K = fixed_filter(study.model.config.d_vocab)
+    K = fixed_filter(study.model.config.d_vocab, "affine")
     for n in (6, 13):
         values[f"coefficients at {n}, a_n first"] = K[n, : n + 1].flip(0)
     return Finding(fixed / model, verdict(early and late, early), values)

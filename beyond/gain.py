@@ -16,6 +16,7 @@ from torch import Tensor
 import interventions
 from analyze import LAYERS, MODEL, SCALE, Finding, Study, grid, interval, kept, mean_ablation, verdict
 from beyond.filter import claim, figure
+from beyond.symmetry import principal_directions
 from data import squared_errors
 
 FEW = 200  # test sequences
@@ -37,18 +38,14 @@ def arms(study: Study, layer: int) -> Arms:
     """Of mean-ablating the heads of a layer."""
     ablation = mean_ablation(study, heads=interventions.layer_heads(study.model, layer))
     resid = study.clean[f"blocks.{layer}.hook_resid_pre"][:FEW]
-    target = study.test.targets[:FEW]
-    clean_scale = interventions.hold({SCALE: study.clean[SCALE][:FEW]})
-    ablated_scale: dict = {}
-    read_scale = interventions.record([SCALE], ablated_scale)
+    activations: dict = {}
+    record = interventions.record([SCALE], activations)
+    study.model.run_from(layer, resid, interventions.join(ablation, record))
 
-    def errors(hooks: dict) -> Tensor:
-        return squared_errors(study.model.run_from(layer, resid, hooks), target)
-
-    ablated = errors(interventions.join(ablation, read_scale))
-    held = errors(interventions.join(ablation, clean_scale))
-    alone = errors(interventions.hold(ablated_scale))
-    return Arms(study.baseline[:FEW], ablated, held, alone)
+    ablated = study.errors(layer, ablation, FEW)
+    clean_scale = study.errors(layer, ablation, FEW, scale=study.clean[SCALE])
+    scale_alone = study.errors(layer, {}, FEW, scale=activations[SCALE])
+    return Arms(study.baseline[:FEW], ablated, clean_scale, scale_alone)
 
 
 def mended(arms: Arms) -> Tensor:
@@ -81,7 +78,7 @@ def claim_gain_control(study: Study) -> Finding:
         values[f"layer {l}: times the MSE, and with the clean scale"] = times
 
     is_gain = goes[1] >= 0.8 and comes[1] >= 0.5
-    others_are_not = max(goes[0], comes[0], goes[2], comes[2]) < 0.5
+    others_are_not = all(share < 0.5 for share in (goes[0], comes[0], goes[2], comes[2]))
     ci = interval(*arms(study, 1), of=lambda *resampled: mended(Arms(*resampled)))
     return Finding(goes[1], verdict(is_gain and others_are_not, is_gain), values, ci)
 
@@ -98,14 +95,13 @@ class Written(NamedTuple):
 def written_by_heads(study: Study, layer: int) -> Written:
     written = study.activations[f"blocks.{layer}.hook_attn_out"]
     mean = written.mean(0)
-    varying = (written - mean).flatten(0, 1).double()
-    _, directions = torch.linalg.eigh(varying.T @ varying)
-    return Written(mean, directions[:, -1].float())
+    return Written(mean, principal_directions(written - mean)[0])
 
 
 def along(value: Tensor, written: Written) -> Tensor:
-    """The part of an activation, less its mean, along the first principal direction."""
-    return torch.einsum("bpd,d,D->bpD", value - written.mean, written.direction, written.direction)
+    """The part of an activation [batch, pos, d_model], less its mean, along the first principal direction."""
+    number = (value - written.mean) @ written.direction  # [batch, pos]
+    return number[..., None] * written.direction
 
 
 @claim("of all that layer 1's heads write one number a position is enough", None, 26, 3)

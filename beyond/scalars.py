@@ -37,7 +37,7 @@ from beyond.symmetry import (
     OF_A_KIND,
     WHERE_IT_ERRS,
     Shares,
-    fielded,
+    compared,
     kinds,
     know_less,
     shares,
@@ -85,7 +85,7 @@ def mlp_slopes(study: Study) -> Tensor:
 
 
 def data_steps(taken: dict, kappa: Tensor, slopes: Tensor) -> dict:
-    """C after every step, {step: [batch, dest, src]}: the factor with which position n holds a_s, when each
+    """What is held after every step, {step: [batch, dest, src]}: the factor of a_s at position n, when each
     head moves data by its kappa and each MLP multiplies it, with the patterns and scales `taken`.
     """
     steps = {}
@@ -114,12 +114,13 @@ def source_factors(taken: dict, kappa: Tensor, slopes: Tensor) -> Tensor:
 
 
 @kept
-def mean_patterns(study: Study, length: int) -> dict:
-    """Mean patterns, scales and "factors" on recurrences of so many inputs."""
+def means_on_recurrences(study: Study, length: int) -> tuple[dict, Tensor]:
+    """Mean patterns by hook name, and mean source factors, over recurrences of so many inputs."""
     sample = study.sample(FOR_MEANS, study.generator(f"mean {length}"), length)
     taken = patterns_and_scales(study, sample.inputs)
-    taken["factors"] = source_factors(taken, traces(study), mlp_slopes(study))
-    return {name: value.mean(0) for name, value in taken.items()}
+    patterns = {name: value.mean(0) for name, value in taken.items() if "pattern" in name}
+    factors = source_factors(taken, traces(study), mlp_slopes(study))
+    return patterns, factors.mean(0)
 
 
 RIVALS = (
@@ -141,19 +142,19 @@ def scores(study: Study, kind: str) -> dict[str, Shares]:
     sequences = kinds(study)[kind]
     x = sequences.x
     taken = patterns_and_scales(study, x)
-    means = mean_patterns(study, x.shape[1])
+    mean_patterns, mean_factors = means_on_recurrences(study, x.shape[1])
     kappa = traces(study)
     slopes = mlp_slopes(study)
 
     def predict(kappa: Tensor) -> Tensor:
         return source_factors(taken, kappa, slopes) @ x
 
-    patterns = {name: mean.expand_as(taken[name]) for name, mean in means.items() if "pattern" in name}
+    patterns = {name: mean.expand_as(taken[name]) for name, mean in mean_patterns.items()}
     predictions = know_less(study, kind) | {
         "scalar transformer": predict(kappa),
         "mean trace": predict(kappa.mean(1, keepdim=True).expand_as(kappa)),
         "mean patterns": source_factors(taken | patterns, kappa, slopes) @ x,
-        "constant weights": means["factors"] @ x,
+        "constant weights": mean_factors @ x,
     }
     for l in study.layers[1:]:
         without = kappa.clone()
@@ -289,7 +290,7 @@ def figure_left_of_the_output(study: Study):
         "closed form": CLOSED_FORM,
     }
     for row, kind in enumerate(KINDS):
-        field = fielded(study, kind)
+        field = compared(study, kind)
         predictors = scores(study, kind) | {"closed form": shares(field.prediction, field.sequences)}
         for name, color in colors.items():
             left = 1 - predictors[name].output

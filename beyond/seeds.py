@@ -52,10 +52,10 @@ def read_results(path: Path, run: Path) -> dict:
         file = found["meta"]["weights"].split("/", 1)[1]  # after the run's name
         measured = found["meta"]["sha256"]
         to_settings(*from_settings(found["meta"]["config"]))
-        columns = [claim["verdict"] for claim in found["claims"].values()]
+        verdicts = [claim["verdict"] for claim in found["claims"].values()]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is not as the two commands write it: {error!r}") from error
-    if set(columns) - set(VERDICTS):
+    if set(verdicts) - set(VERDICTS):
         raise ValueError(f"{path} has a verdict that is none of {', '.join(VERDICTS)}")
 
     weights = run / file
@@ -81,7 +81,7 @@ def heading(found: dict) -> str:
 
 def read_runs(paths: list[str]) -> dict[str, dict]:
     """The runs by name, as much of the end of a path as tells it from the others, in the order of their
-    headings. ValueError for one that is given twice."""
+    headings. ValueError for one that is given twice or was measured by other rules."""
     folders = [Path(path).resolve() for path in paths]
     runs = {}
     for folder in folders:
@@ -91,6 +91,14 @@ def read_runs(paths: list[str]) -> dict[str, dict]:
         while sum(other.parts[-length:] == folder.parts[-length:] for other in folders) > 1:
             length += 1
         runs["/".join(folder.parts[-length:])] = read_run(folder)
+
+    rules: dict = {}
+    for name, found in runs.items():
+        for claim, of_run in found["claims"].items():
+            if rules.setdefault(claim, of_run.get("why")) != of_run.get("why"):
+                raise ValueError(
+                    f"{claim} of {name} was measured by another rule: run the commands again"
+                )
 
     order = list(dict.fromkeys(heading(found) for found in runs.values()))
     names = sorted(runs, key=lambda name: order.index(heading(runs[name])))

@@ -32,8 +32,8 @@ FOR_VARIANCE = 16  # of them, for the asymmetry
 PER_LENGTH = 40  # sequences for the asymmetry by position
 SAMPLED = 100  # rotations that stand for all, beside the closed form
 RECURRENCES = 48  # for the closed form
-FIELD = 24  # sequences of another kind
-NOISE_FIELD = 8  # of noise, which has 14 coordinates instead of 2
+FOR_CLOSED_FORM = 24  # sequences of another kind
+FOR_NOISE = 8  # of noise, which has 14 coordinates instead of 2
 OF_A_KIND = 200  # sequences of each kind
 OTHERS = 60  # sequences from which the directions of t come
 RESTRICTED = 24  # recurrences on which t is restricted
@@ -42,10 +42,11 @@ DIRECTIONS = (1, 2, 4, 6, 8)  # numbers that t may keep
 
 # ---------- Half of the error is asymmetry ----------
 def random_rotations(count: int, d: int, generator: torch.Generator) -> Tensor:
-    """Random orthogonal matrices [count, d, d], all alike likely (Haar): QR with R's diagonal positive."""
-    Q, R = torch.linalg.qr(torch.randn(count, d, d, generator=generator))
-    signs = R.diagonal(dim1=1, dim2=2).sign()
-    return Q * signs[:, None]
+    """Random orthogonal matrices [count, d, d], all alike likely (Haar)."""
+    rotations = torch.empty(count, d, d)
+    for Q in rotations:
+        torch.nn.init.orthogonal_(Q, generator=generator)
+    return rotations
 
 
 def rotated(model: Transformer, x: Tensor, rotations: Tensor, names=()) -> tuple:
@@ -96,7 +97,7 @@ def asymmetry_by_position(study: Study) -> tuple[Tensor, Tensor]:
         sample = study.sample(count, generator, length)
         rotations = random_rotations(FOR_VARIANCE, d_vocab, generator)
         outputs, _ = rotated(study.model, sample.inputs, rotations)
-        # The mean over rotations of the error has the model's expectation and varies less.
+        # The mean over rotations of the error has nearly the model's expectation and varies less.
         errors[length, :length] = (outputs - sample.targets).pow(2).mean((0, 1, 3))
         variances[length, :length] = outputs.var(0).mean((0, 2))
     mse = errors.nanmean(0)
@@ -143,9 +144,8 @@ def moments(act_fn: str, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """
     s = s.clamp_min(1e-12)
     if act_fn == "relu":
-        normal = torch.distributions.Normal(0.0, 1.0)
-        density = normal.log_prob(mu / s).exp()
         slope = torch.special.ndtr(mu / s)  # Phi(mu / s): how often the neuron is on
+        density = (-0.5 * (mu / s) ** 2).exp() / (2 * torch.pi) ** 0.5
         return mu * slope + s * density, slope
 
     s = s.clamp_min(1e-3)  # else rounding errors are divided by it
@@ -210,10 +210,10 @@ def mlp_write(mlp, act_fn: str, rows: Tensor) -> Tensor:
     s = read[:, :-1].pow(2).sum(1).sqrt()  # [pos, d_mlp]
     mean, slope = moments(act_fn, mu, s)
 
-    passed = read  # written into, since these are the largest tensors here
-    passed[:, :-1] *= slope[:, None]
-    passed[:, -1] = mean
-    written = passed @ mlp.W_out  # [pos, rows, d_model]
+    # What it passes on takes the place of what it has read, the largest tensor here.
+    read[:, :-1] *= slope[:, None]
+    read[:, -1] = mean
+    written = read @ mlp.W_out  # [pos, rows, d_model]
     written[:, -1] += mlp.b_out
     return written
 
@@ -260,9 +260,8 @@ def closed_form(model: Transformer, x: Tensor, hooks: dict | None = None) -> Ten
 
     # The mean over Q of Q M Q^T, M = A W_U, commutes with every rotation: it is trace(M) / d_vocab times I.
     # What t and b_U say is turned back by Q^T and averages out.
-    # [pos, R, d_vocab, d_model]
-    A = stream[:, :-1].unflatten(1, (-1, config.d_vocab)) * config.d_vocab**0.5
-    factors = torch.einsum("prvd,dv->pr", A, model.unembed.W_U) / config.d_vocab
+    A = stream[:, :-1].unflatten(1, (-1, config.d_vocab))  # [pos, R, d_vocab, d_model], over sqrt(d_vocab)
+    factors = torch.einsum("prvd,dv->pr", A, model.unembed.W_U) / config.d_vocab**0.5
     return factors @ e
 
 
@@ -275,7 +274,7 @@ def whole_maps(model: Transformer, x: Tensor, stream: Tensor, with_t: float) -> 
     """What the closed form says of one sequence [pos, d_vocab] with the whole maps, sum_r e_r A W_U, in the
     place of their traces; with_t: 1 with what t says, 0 without. stream: at ln_final.hook_normalized."""
     _, e = coordinates(x)
-    of_A = e.flatten() * model.config.d_vocab**0.5  # of row r * d_vocab + v it is e[r, v]
+    of_A = e.flatten() * model.config.d_vocab**0.5  # e[r, v] for row r * d_vocab + v, which is over the root
     weights = torch.cat([of_A, of_A.new_tensor([with_t])])  # [rows]
     return weights @ stream @ model.unembed.W_U + with_t * model.unembed.b_U
 
@@ -297,6 +296,9 @@ class Sequences(NamedTuple):
 
 @kept
 def kinds(study: Study) -> dict:
+    """Of each kind OF_A_KIND sequences. In two growths even vectors have one c, odd ones another, with |c|
+    from 1.2 to 2 and different signs; noise is on the inputs, not on the truth; c from 2.5 to 3 is positive.
+    """
     count = min(OF_A_KIND, study.size)
     d_vocab = study.model.config.d_vocab
     g = study.generator("kinds")
@@ -318,8 +320,17 @@ def kinds(study: Study) -> dict:
     white, _ = data.normalise(white, uniform(1, 2, count))
     noise = 0.1 * torch.randn(count, MAX_LENGTH, d_vocab, generator=g)
 
+    vectors = {
+        "recurrences": plain,
+        "4 inputs": short,
+        "|c| 2.5 to 3": fast,
+        "two growths": two_growths,
+        "noise 0.1": plain,
+        "white noise": white,
+    }
+
     found = {}
-    for kind, a in zip(KINDS, (plain, short, fast, two_growths, plain, white)):
+    for kind, a in vectors.items():
         x = a[:, :-1]
         if kind == "noise 0.1":
             x = x + noise
@@ -344,7 +355,7 @@ def shares(prediction: Tensor, sequences: Sequences) -> Shares:
 
 
 # ---------- The model is a function of inner products ----------
-class Fielded(NamedTuple):
+class Compared(NamedTuple):
     """The closed form beside the model on sequences of one kind."""
 
     sequences: Sequences
@@ -353,10 +364,10 @@ class Fielded(NamedTuple):
 
 
 @kept
-def fielded(study: Study, kind: str) -> Fielded:
-    counts = {"recurrences": RECURRENCES, "noise 0.1": NOISE_FIELD, "white noise": NOISE_FIELD}
+def compared(study: Study, kind: str) -> Compared:
+    counts = {"recurrences": RECURRENCES, "noise 0.1": FOR_NOISE, "white noise": FOR_NOISE}
     # Of an untrained model fewer.
-    count = min(counts.get(kind, FIELD), max(2, study.size // 20))
+    count = min(counts.get(kind, FOR_CLOSED_FORM), max(2, study.size // 20))
     x, truth, output, first = kinds(study)[kind]
     names = [f"blocks.{l}.attn.hook_attn_scores" for l in study.layers]
     names.append("ln_final.hook_normalized")
@@ -367,7 +378,7 @@ def fielded(study: Study, kind: str) -> Fielded:
         activations.append({})
         predictions.append(closed_form(study.model, sequence, record(names, activations[-1])))
     sequences = Sequences(x[:count], truth[:count], output[:count], first)
-    return Fielded(sequences, torch.stack(predictions), activations)
+    return Compared(sequences, torch.stack(predictions), activations)
 
 
 @kept
@@ -381,9 +392,9 @@ def know_less(study: Study, kind: str) -> dict:
     }
 
 
-def field_rivals(study: Study, kind: str) -> dict:
-    """What they leave of the model's output on the sequences of the closed form, by name."""
-    sequences = fielded(study, kind).sequences
+def rivals_leave(study: Study, kind: str) -> dict:
+    """What those of `know_less` leave of the model's output on the sequences of the closed form."""
+    sequences = compared(study, kind).sequences
     left = {}
     for name, prediction in know_less(study, kind).items():
         left[name] = 1 - shares(prediction[: len(sequences.x)], sequences).output
@@ -401,27 +412,35 @@ def claim_mean_field(study: Study) -> Finding:
     the share of the output by kind."""
     by_kind = {}
     for kind in KINDS:
-        found = fielded(study, kind)
+        found = compared(study, kind)
         by_kind[kind] = shares(found.prediction, found.sequences)
     of_output = [share.output for share in by_kind.values()]
     of_error = [by_kind[kind].error for kind in WHERE_IT_ERRS]
     white = by_kind["white noise"]
 
     # The closed form against what it stands for.
-    found = fielded(study, "recurrences")
-    x, truth, output, _ = found.sequences
+    recurrences = compared(study, "recurrences")
+    x, truth, output, _ = recurrences.sequences
     rotations = random_rotations(SAMPLED, x.shape[-1], study.generator("sampled rotations"))
     sampled, _ = rotated(study.model, x, rotations)
     sampling = sampled.var(0)[:, FIRST_POSITION:].mean() / SAMPLED
     mse_sampled = data.mse(sampled.mean(0), truth) - sampling
-    mse_field = data.mse(found.prediction, truth)
-    is_the_mean = abs(mse_field - mse_sampled) <= 0.1 * mse_sampled
+    mse_closed_form = data.mse(recurrences.prediction, truth)
+    is_the_mean = abs(mse_closed_form - mse_sampled) <= 0.1 * mse_sampled
+
+    # Where the asymmetry sits.
+    def mse_of_maps(with_t: float) -> Tensor:
+        maps = []
+        for sequence, activations in zip(x, recurrences.activations):
+            stream = activations["ln_final.hook_normalized"]
+            maps.append(whole_maps(study.model, sequence, stream, with_t))
+        return data.mse(torch.stack(maps), truth)
 
     # Against predictors that know less.
     values = {}
     times = []
     for kind in ("white noise", "noise 0.1", "two growths"):
-        for name, left in field_rivals(study, kind).items():
+        for name, left in rivals_leave(study, kind).items():
             times.append(left / (1 - by_kind[kind].output))
             values[f"{kind}: {name} leaves, times as much"] = times[-1]
 
@@ -429,19 +448,11 @@ def claim_mean_field(study: Study) -> Finding:
     on_white_noise = white.output >= 0.98 and white.error >= 0.9
     outcome = verdict(everywhere and is_the_mean and min(times) >= 3, on_white_noise)
 
-    # Where the asymmetry sits.
-    def mse_of_maps(with_t: float) -> Tensor:
-        maps = []
-        for sequence, activations in zip(x, found.activations):
-            stream = activations["ln_final.hook_normalized"]
-            maps.append(whole_maps(study.model, sequence, stream, with_t))
-        return data.mse(torch.stack(maps), truth)
-
     for kind in KINDS:
         values[f"{kind}: of the output"] = by_kind[kind].output
         values[f"{kind}: of the error"] = by_kind[kind].error
     values |= {
-        "MSE on recurrences: model, mean field": [data.mse(output, truth), mse_field],
+        "MSE on recurrences: model, mean field": [data.mse(output, truth), mse_closed_form],
         "MSE on recurrences, mean of all rotations (100 sampled)": mse_sampled,
         "MSE on recurrences, whole maps": mse_of_maps(0.0),
         "MSE on recurrences, whole maps and t": mse_of_maps(1.0),
@@ -454,8 +465,8 @@ def score_variances(study: Study) -> tuple[list, list]:
     """Variance over sequences, in the mean field of recurrences, of the numbers' and of the vectors' part of
     the scores of each layer, less their mean over the sources of a row, which a softmax does not see.
     """
-    sequences = fielded(study, "recurrences").activations
-    # The future of a position is no number, which means over the past leave out.
+    sequences = compared(study, "recurrences").activations
+    # nan in the future, which nanmean leaves out.
     future = torch.full((MAX_LENGTH, MAX_LENGTH), torch.nan).triu(1)
     numbers = []
     vectors = []
@@ -514,6 +525,13 @@ class Directions(NamedTuple):
     directions: Tensor  # [d_model, d_model], the first one first
 
 
+def principal_directions(varying: Tensor) -> Tensor:
+    """Of vectors [batch, pos, d_model] about 0: [d_model, d_model], a row each, the first one first."""
+    vectors = varying.flatten(0, 1).double()
+    _, directions = torch.linalg.eigh(vectors.T @ vectors)
+    return directions.T.flip(0).to(varying)
+
+
 @kept
 def number_directions(study: Study) -> dict:
     """Of t after every attention and every MLP, by hook name, over sequences that are not tested."""
@@ -528,9 +546,7 @@ def number_directions(study: Study) -> dict:
     for name in points:
         t = torch.stack([streams[name] for streams in by_sequence])  # [batch, pos, d_model]
         mean = t.mean(0)
-        varying = (t - mean).flatten(0, 1)
-        _, directions = torch.linalg.eigh(varying.T @ varying)
-        found[name] = Directions(mean, directions.T.flip(0))
+        found[name] = Directions(mean, principal_directions(t - mean))
     return found
 
 
@@ -554,7 +570,7 @@ def keep_numbers(study: Study, count: int) -> dict:
 class Restricted(NamedTuple):
     """MSEs on the same recurrences."""
 
-    by_count: list  # of the closed form with so many numbers a position, by DIRECTIONS
+    by_count: dict  # of the closed form with so many numbers a position
     closed_form: Tensor  # with all of them
     model: Tensor
     zero: Tensor  # of predicting 0
@@ -562,17 +578,17 @@ class Restricted(NamedTuple):
 
 @kept
 def restricted_mses(study: Study) -> Restricted:
-    found = fielded(study, "recurrences")
+    found = compared(study, "recurrences")
     x, truth, output, _ = found.sequences
     truth = truth[:RESTRICTED]
 
     def mse(prediction: Tensor) -> Tensor:
         return data.mse(prediction[:RESTRICTED], truth)
 
-    by_count = []
+    by_count = {}
     for count in DIRECTIONS:
         prediction = closed_forms(study.model, x[:RESTRICTED], keep_numbers(study, count))
-        by_count.append(mse(prediction))
+        by_count[count] = mse(prediction)
     return Restricted(by_count, mse(found.prediction), mse(output), mse(torch.zeros_like(output)))
 
 
@@ -584,15 +600,15 @@ def claim_numbers(study: Study) -> Finding:
     with 8 at most the model's own, and with 1 at least 3 times the unrestricted. Measured: the MSE with 8
     over the unrestricted."""
     mses = restricted_mses(study)
-    with_one = mses.by_count[0]
-    with_eight = mses.by_count[-1]
+    with_one = mses.by_count[1]
+    with_eight = mses.by_count[8]
 
     useful = mses.closed_form <= mses.zero / 100
     eight_suffice = with_eight <= 1.5 * mses.closed_form
     one_does_not = with_one >= 3 * mses.closed_form
     values = {
         "k": DIRECTIONS,
-        "MSE with k numbers": mses.by_count,
+        "MSE with k numbers": list(mses.by_count.values()),
         "MSE unrestricted": mses.closed_form,
         "MSE of the model": mses.model,
         "MSE of predicting 0": mses.zero,
@@ -616,8 +632,8 @@ def figure_rotations(study: Study):
         shares = [data.mse(found.outputs[:count].mean(0), target) / mse for count in counts]
         axes.plot(counts, shares, marker=marker, ms=4, color=MODEL, label=f"{length} inputs")
     for kind, style in {"4 inputs": ":", "recurrences": "--"}.items():
-        x, truth, output, _ = fielded(study, kind).sequences
-        share = data.mse(fielded(study, kind).prediction, truth) / data.mse(output, truth)
+        x, truth, output, _ = compared(study, kind).sequences
+        share = data.mse(compared(study, kind).prediction, truth) / data.mse(output, truth)
         label = f"closed form, all rotations, {x.shape[1]} inputs"
         axes.axhline(share, color=CLOSED_FORM, ls=style, label=label)
     axes.set(title="the mean of several rotations", xlabel="rotations averaged", ylim=(0, None))
@@ -660,8 +676,9 @@ def figure_angles(study: Study):
 
     axes = panels[0, 2]
     mses = restricted_mses(study)
-    axes.semilogy(DIRECTIONS, mses.by_count, "o-", color=CLOSED_FORM, label="closed form, k numbers")
-    axes.axhline(mses.closed_form, color=CLOSED_FORM, ls="--", label="closed form, all 128")
+    label = "closed form, k numbers"
+    axes.semilogy(DIRECTIONS, list(mses.by_count.values()), "o-", color=CLOSED_FORM, label=label)
+    axes.axhline(mses.closed_form, color=CLOSED_FORM, ls="--", label="closed form, all")
     axes.axhline(mses.model, color=MODEL, label="the model")
     axes.set(title="how many numbers a position needs", xlabel="numbers k a position keeps")
     axes.set_ylabel("mean squared error")

@@ -80,8 +80,8 @@ FEW = {
     "PER_LENGTH": 20,
     "SAMPLED": 60,
     "RECURRENCES": 10,
-    "FIELD": 6,
-    "NOISE_FIELD": 2,
+    "FOR_CLOSED_FORM": 6,
+    "FOR_NOISE": 2,
     "OTHERS": 12,
     "RESTRICTED": 4,
     "OF_A_KIND": 60,
@@ -102,7 +102,7 @@ def verdict_of(claim, **replaced) -> str:
 
 class Filter(TestCase):
     def test_it_is_the_best_on_what_it_is_fitted_to(self):
-        K = filter.fixed_filter(40)
+        K = filter.fixed_filter(40, "affine")
         sample = data.sample(500, 14, seeded(3), dtype=torch.double)
         error = lambda row: (row @ sample.inputs - sample.targets[:, 13]).pow(2).mean()
         for step in torch.randn(5, 14, generator=seeded(), dtype=torch.double):
@@ -176,19 +176,19 @@ class ClosedForm(TestCase):
 
     def test_the_claim_fails_for_predictors_that_know_less(self):
         self.assertEqual(symmetry.claim_mean_field(shipped()).verdict, "reproduced")
-        actual = symmetry.fielded
+        actual = symmetry.compared
 
         def told(predict):
-            def fielded(study, kind):
+            def compared(study, kind):
                 found = actual(study, kind)
                 return found._replace(prediction=predict(found.sequences))
 
-            return verdict_of(symmetry.claim_mean_field, fielded=fielded)
+            return verdict_of(symmetry.claim_mean_field, compared=compared)
 
         self.assertEqual(told(lambda kind: kind.truth), "not reproduced")
         self.assertEqual(told(lambda kind: filter.filtered(kind.x)), "not reproduced")
         strong = mock.Mock(return_value={"a rival": 0.005})
-        self.assertEqual(verdict_of(symmetry.claim_mean_field, field_rivals=strong), "partly")
+        self.assertEqual(verdict_of(symmetry.claim_mean_field, rivals_leave=strong), "partly")
 
 
 class Symmetry(TestCase):
@@ -257,7 +257,7 @@ class Symmetry(TestCase):
         # All of them: nothing is restricted.
         with mock.patch.object(symmetry, "DIRECTIONS", (128,)):
             mses = symmetry.restricted_mses.__wrapped__(shipped())
-        self.assertClose(mses.by_count[0] / mses.closed_form, 1, 1e-3)
+        self.assertClose(mses.by_count[128] / mses.closed_form, 1, 1e-3)
 
     def test_kinds_are_what_their_names_say(self):
         for kind, (x, truth, _, _) in symmetry.kinds(shipped()).items():
