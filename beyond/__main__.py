@@ -4,10 +4,11 @@
     python -m beyond --fig 21                       # one figure; --list names them
     python -m beyond --all --run runs/paper         # another run, into runs/paper/figures
 
-A file a section of the article, each resting on those before it: filter.py, symmetry.py, scalars.py, gain.py.
+In the order of the article, each resting on those before it: filter.py, symmetry.py, scalars.py, gain.py.
 """
 
 import os
+import sys
 
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"
@@ -67,4 +68,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "python -m beyond"  # else its errors would begin with __main__.py
     main()
