@@ -461,24 +461,20 @@ def claim_mean_field(study: Study) -> Finding:
 
 
 # ---------- Where vectors are compared ----------
-def score_variances(study: Study) -> tuple[list, list]:
+def score_variances(study: Study) -> Tensor:
     """Variance over sequences, in the mean field of recurrences, of the numbers' and of the vectors' part of
-    the scores of each layer, less their mean over the sources of a row, which a softmax does not see.
-    """
+    the scores, less their mean over the sources of a row, which a softmax does not see: [2, layer]."""
     sequences = compared(study, "recurrences").activations
     # nan in the future, which nanmean leaves out.
     future = torch.full((MAX_LENGTH, MAX_LENGTH), torch.nan).triu(1)
-    numbers = []
-    vectors = []
+    variances = []
     for l in study.layers:
         name = f"blocks.{l}.attn.hook_attn_scores"
         parts = torch.stack([sequence[name] for sequence in sequences])  # [batch, 2, n_heads, dest, src]
         parts = parts + future
         centred = parts - parts.nanmean(-1, keepdim=True)
-        variance = centred.var(0).nanmean((1, 2, 3))  # [2]
-        numbers.append(variance[0])
-        vectors.append(variance[1])
-    return numbers, vectors
+        variances.append(centred.var(0).nanmean((1, 2, 3)))
+    return torch.stack(variances, 1)
 
 
 @kept
