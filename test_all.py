@@ -974,6 +974,9 @@ class Analysis(TestCase):
         self.assertClose(found / data.squared_errors(held, target), 1, 1e-3)
         self.assertClose(study.baseline / data.squared_errors(study.model(x), target), 1, 1e-3)
         self.assertEqual(study.factor(study.baseline[:7]), 1)
+        claimed = analyze.claim_l1_mean_ablation(study).measured
+        self.assertClose(claimed, expected.mean(), 1e-5)
+        self.assertClose(study.near(-1).c, -1, 0.1)
 
     def test_all_of_it_is_measured_and_figures_name_their_axes(self):
         canvases, out = [], os.path.join(self.folder(), "figures")
