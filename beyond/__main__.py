@@ -37,7 +37,7 @@ def figure_summary(study: Study):
         axes.plot(a[:, dimension], style, color=TRUTH, mfc="none", label="the truth")
         axes.plot(predicted, output[2:, dimension], "x", color=MODEL, label="the model's prediction")
     axes.set(title=f"two of {len(moving)} dimensions, c = {study.test.c[i]:.2f}", xlabel="n", ylabel="$a_n$")
-    axes.legend(handles=axes.lines[:2], loc="upper left")
+    axes.legend(handles=axes.lines[:2], loc="upper left")  # of one dimension
 
     axes = panels[0, 1]
     mse, asymmetry = asymmetry_by_position(study)
@@ -46,7 +46,7 @@ def figure_summary(study: Study):
     axes.semilogy(POSITIONS, mse, ".-", color=MODEL, label="the model")
     axes.semilogy(POSITIONS, rest, ".-", color=CLOSED_FORM, label="its mean over rotations")
     axes.semilogy(POSITIONS, fixed, ".-", color=FILTER, label="a filter that infers nothing")
-    axes.set(title="half of the error is asymmetry", xlabel="position", ylabel="mean squared error")
+    axes.set(title="what of the error is asymmetry", xlabel="position", ylabel="mean squared error")
     axes.legend()
 
     axes = panels[0, 2]

@@ -70,10 +70,10 @@ def claim_gain_control(study: Study) -> Finding:
     goes = []
     comes = []
     for l in study.layers:
-        found = arms(study, l)
-        goes.append(mended(found))
-        comes.append(comes_back(found))
-        times = torch.stack([found.ablated.mean(), found.clean_scale.mean()]) / found.clean.mean()
+        of_layer = arms(study, l)
+        goes.append(mended(of_layer))
+        comes.append(comes_back(of_layer))
+        times = torch.stack([of_layer.ablated.mean(), of_layer.clean_scale.mean()]) / of_layer.clean.mean()
         values[f"layer {l}: goes, comes back"] = [goes[l], comes[l]]
         values[f"layer {l}: times the MSE, and with the clean scale"] = times
 
@@ -134,7 +134,7 @@ def claim_one_knob(study: Study) -> Finding:
 # ---------- Figure ----------
 def by_c(c: Tensor, values: Tensor) -> Tensor:
     """Means of values [batch, ...] over the sequences in each range of |c|, [8, ...]."""
-    bins = (c.abs() // WIDTH).clamp_max(7)
+    bins = (c.abs() // WIDTH).clamp_max(7)  # |c| = 2 belongs to the last one
     return torch.stack([values[bins == i].mean(0) for i in range(8)])
 
 
@@ -147,8 +147,8 @@ def figure_gain(study: Study):
     target = study.test.targets[:FEW]
     power = by_c(study.test.c[:FEW], squared_errors(torch.zeros_like(target), target))
 
-    found = arms(study, 1)
-    by_arm = by_c(study.test.c[:FEW], torch.stack(found, 1)) / power[:, None]  # [8, arm]
+    layer_1 = arms(study, 1)
+    by_arm = by_c(study.test.c[:FEW], torch.stack(layer_1, 1)) / power[:, None]  # [8, arm]
     clean, ablated, clean_scale, alone = by_arm.T
     blue = LAYERS[1]
     axes.semilogy(x, ablated, "o-", color=blue, label="layer 1's heads at their mean")

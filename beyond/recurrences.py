@@ -150,10 +150,10 @@ def measure(run: str) -> dict:
     )
 
 
-def draw_runs(found: dict[str, dict]) -> Figure:
-    title = "Other recurrences: what is left unexplained (the exact solver is far below)"
-    canvas, panels = grid(1, len(found), 1 + 3.6 * len(found), 3.6, title, shared=True)
-    for axes, (name, values) in zip(panels[0], found.items()):
+def draw_runs(by_run: dict[str, dict]) -> Figure:
+    title = "Other recurrences: what is left unexplained"
+    canvas, panels = grid(1, len(by_run), 1 + 3.6 * len(by_run), 3.6, title, shared=True)
+    for axes, (name, values) in zip(panels[0], by_run.items()):
         positions = range(values["first determined position"], MAX_LENGTH)
         axes.semilogy(positions, values["by position: model / 0"], ".-", color=MODEL, label="model")
         axes.semilogy(
@@ -168,16 +168,16 @@ def draw_runs(found: dict[str, dict]) -> Figure:
 
 def compare(runs: list[str], out: str):
     """recurrences.json, .md and .png of runs, in `out`."""
-    found = {os.path.basename(os.path.abspath(run)): measure(run) for run in runs}
-    if len(found) < len(runs):
+    by_run = {os.path.basename(os.path.abspath(run)): measure(run) for run in runs}
+    if len(by_run) < len(runs):
         raise ValueError("two of the runs have one name: rename a folder")
-    labels = [label for label in next(iter(found.values())) if not label.startswith("by ")]
-    rows = [[label, *(short(values[label]) for values in found.values())] for label in labels]
-    text = "\n".join(["# Other recurrences", "", *table(["", *found], rows), ""])
+    labels = [label for label in next(iter(by_run.values())) if not label.startswith("by ")]
+    rows = [[label, *(short(values[label]) for values in by_run.values())] for label in labels]
+    text = "\n".join(["# Other recurrences", "", *table(["", *by_run], rows), ""])
     os.makedirs(out, exist_ok=True)
-    save(found, os.path.join(out, "recurrences.json"))
+    save(by_run, os.path.join(out, "recurrences.json"))
     save(text, os.path.join(out, "recurrences.md"))
-    save(to_png(lambda: draw_runs(found)), os.path.join(out, "recurrences.png"))
+    save(to_png(lambda: draw_runs(by_run)), os.path.join(out, "recurrences.png"))
 
 
 def main():

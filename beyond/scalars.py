@@ -180,17 +180,17 @@ def claim_scalar_transformer(study: Study) -> Finding:
     values = {}
     evidence = []
     for kind in KINDS:
-        found = scores(study, kind)
-        ours = found["scalar transformer"]
-        best = max(RIVALS, key=lambda name: found[name].output)
-        times = (1 - found[best].output) / (1 - ours.output)
+        by_predictor = scores(study, kind)
+        ours = by_predictor["scalar transformer"]
+        best = max(RIVALS, key=lambda name: by_predictor[name].output)
+        times = (1 - by_predictor[best].output) / (1 - ours.output)
         if kind in WHERE_IT_ERRS and ours.output >= 0.97 and ours.error >= 0.9 and times >= 4:
             evidence.append(kind)
         values[f"{kind}: of the output"] = ours.output
         values[f"{kind}: of the error"] = ours.error
         values[f"{kind}: the best rival ({best}) leaves, times as much"] = times
         for name in ("without layer 1", *RIVALS):
-            values[f"{kind}: {name}"] = found[name].output
+            values[f"{kind}: {name}"] = by_predictor[name].output
 
     values["kinds that are evidence"] = len(evidence)
     values["kappa"] = traces(study)
@@ -238,7 +238,7 @@ def put_in(study: Study) -> dict[str, list]:
     """MSE, relative to the unchanged model's, by LENGTHS, with the scalars in place of a layer's heads, or of
     layer 0 as a whole, beside kappa = 0 and kappa shuffled."""
     generator = study.generator("put in")
-    found: dict = {}
+    by_arm: dict = {}
     for length in LENGTHS:
         sample = study.sample(OF_A_KIND, generator, length)
         x = sample.inputs
@@ -253,8 +253,8 @@ def put_in(study: Study) -> dict[str, list]:
                     arms[f"layer 0 as a whole{suffix}"] = put_layer_0(study, x, changed)
         for arm, hooks in arms.items():
             times = data.mse(study.model(x, hooks=hooks), sample.targets) / clean
-            found.setdefault(arm, []).append(times)
-    return found
+            by_arm.setdefault(arm, []).append(times)
+    return by_arm
 
 
 @claim("the real model does not mind multiples of I in the place of its maps", None, 24, 3)
@@ -263,15 +263,16 @@ def claim_put_in(study: Study) -> Finding:
     them reacting, relative to the unchanged model's, with 4, 8 and 14 inputs. Layers 1 and 2 at most 1.05
     times, with kappa = 0 in layer 2 at least 5 times, layer 0 as a whole, its MLP included, at most 2 times;
     partly the first two. Measured: [layer 0 as a whole, layer 1, layer 2][4, 8, 14 inputs]."""
-    found = put_in(study)
-    layer_0 = found["layer 0 as a whole"]
-    layer_1 = found["layer 1's heads"]
-    layer_2 = found["layer 2's heads"]
+    by_arm = put_in(study)
+    layer_0 = by_arm["layer 0 as a whole"]
+    layer_1 = by_arm["layer 1's heads"]
+    layer_2 = by_arm["layer 2's heads"]
+    layer_2_at_0 = by_arm["layer 2's heads, 0"]
     later_do_not_mind = max(layer_1 + layer_2) <= 1.05
-    layer_2_is_needed = min(found["layer 2's heads, 0"]) >= 5
+    layer_2_is_needed = min(layer_2_at_0) >= 5
     first_does_not_mind = max(layer_0) <= 2
     part = later_do_not_mind and layer_2_is_needed
-    values = {f"times the MSE: {arm}": times for arm, times in found.items()}
+    values = {f"times the MSE: {arm}": times for arm, times in by_arm.items()}
     return Finding([layer_0, layer_1, layer_2], verdict(part and first_does_not_mind, part), values)
 
 

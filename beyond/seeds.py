@@ -40,19 +40,19 @@ def read_run(run: Path) -> dict:
     if run == HERE.parent / "weights":
         paper = HERE.parent / "figures" / "results.json"
         ours = HERE / "figures" / "mechanism.json"
-    found = read_results(paper, run)
+    results = read_results(paper, run)
     if ours.exists():
-        found["claims"] |= read_results(ours, run)["claims"]
-    return found
+        results["claims"] |= read_results(ours, run)["claims"]
+    return results
 
 
 def read_results(path: Path, run: Path) -> dict:
-    found, _ = load_file(str(path), "result of analyze.py --all or python -m beyond --all")
+    results, _ = load_file(str(path), "result of analyze.py --all or python -m beyond --all")
     try:
-        file = found["meta"]["weights"].split("/", 1)[1]  # after the run's name
-        measured = found["meta"]["sha256"]
-        to_settings(*from_settings(found["meta"]["config"]))
-        verdicts = [claim["verdict"] for claim in found["claims"].values()]
+        file = results["meta"]["weights"].split("/", 1)[1]  # after the run's name
+        measured = results["meta"]["sha256"]
+        to_settings(*from_settings(results["meta"]["config"]))
+        verdicts = [claim["verdict"] for claim in results["claims"].values()]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is not as the two commands write it: {error!r}") from error
     if set(verdicts) - set(VERDICTS):
@@ -63,12 +63,12 @@ def read_results(path: Path, run: Path) -> dict:
         raise ValueError(
             f"{path} was measured on other weights than {weights}: run the commands again"
         )
-    return plain(found)
+    return plain(results)
 
 
-def heading(found: dict) -> str:
+def heading(run: dict) -> str:
     """The settings of a run but for its seed: the activation, and what else is unlike the paper's."""
-    meta = found["meta"]
+    meta = run["meta"]
     usual = to_settings(*from_settings({}))
     settings = to_settings(*from_settings(meta["config"])) | {"steps": meta["step"]}
     unlike = [
@@ -93,14 +93,14 @@ def read_runs(paths: list[str]) -> dict[str, dict]:
         runs["/".join(folder.parts[-length:])] = read_run(folder)
 
     rules: dict = {}
-    for name, found in runs.items():
-        for claim, of_run in found["claims"].items():
+    for name, run in runs.items():
+        for claim, of_run in run["claims"].items():
             if rules.setdefault(claim, of_run.get("why")) != of_run.get("why"):
                 raise ValueError(
                     f"{claim} of {name} was measured by another rule: run the commands again"
                 )
 
-    order = list(dict.fromkeys(heading(found) for found in runs.values()))
+    order = list(dict.fromkeys(heading(run) for run in runs.values()))
     names = sorted(runs, key=lambda name: order.index(heading(runs[name])))
     return {name: runs[name] for name in names}
 
@@ -109,8 +109,8 @@ def read_runs(paths: list[str]) -> dict[str, dict]:
 def claims_of(runs: dict[str, dict], of_paper: bool) -> dict[str, dict]:
     """A claim each of those that any run has, the paper's or ours, in the order of the first."""
     claims: dict[str, dict] = {}
-    for found in runs.values():
-        for name, claim in found["claims"].items():
+    for run in runs.values():
+        for name, claim in run["claims"].items():
             if (claim["paper"] is not None) == of_paper:
                 claims.setdefault(name, claim)
     return claims
@@ -135,14 +135,16 @@ def over_runs(claims: list[dict]) -> list[str]:
 
     verdicts = [WORDS[claim["verdict"]] for claim in claims]
     counts = [f"{verdicts.count(word)} {word}" for word in WORDS.values() if word in verdicts]
-    return [measured, ", ".join(counts) if len(counts) > 1 else "".join(verdicts[:1])]
+    if len(counts) == 1:
+        return [measured, verdicts[0]]
+    return [measured, ", ".join(counts)]
 
 
 def by_heading(runs: dict[str, dict]) -> list[str]:
     """A table with a row a claim: `over_runs` of the runs under each heading."""
     groups: dict = {}
-    for found in runs.values():
-        groups.setdefault(heading(found), []).append(found["claims"])
+    for run in runs.values():
+        groups.setdefault(heading(run), []).append(run["claims"])
 
     rows = []
     for name in claims_of(runs, of_paper=True) | claims_of(runs, of_paper=False):
@@ -168,8 +170,8 @@ def markdown(runs: dict[str, dict]) -> str:
     lines += table(
         ["run", "settings unlike the paper's", "seed"],
         (
-            [name, heading(found), str(found["meta"]["config"].get("seed", 0))]
-            for name, found in runs.items()
+            [name, heading(run), str(run["meta"]["config"].get("seed", 0))]
+            for name, run in runs.items()
         ),
     )
 
@@ -179,8 +181,8 @@ def markdown(runs: dict[str, dict]) -> str:
             row = [f"`{name}` {claim['claim']}"]
             if of_paper:
                 row.append(short(claim["paper"]))
-            for found in runs.values():
-                of_run = found["claims"].get(name)
+            for run in runs.values():
+                of_run = run["claims"].get(name)
                 row.append(f"{WORDS[of_run['verdict']]} {cell(of_run)}" if of_run else "-")
             rows.append(row)
         paper = ["paper"] if of_paper else []
@@ -198,9 +200,9 @@ def draw_grid(runs: dict[str, dict], of_paper: bool) -> Figure:
     verdicts = list(VERDICTS)
     grid = np.full((len(claims), len(runs)), np.nan)
     for row, name in enumerate(claims):
-        for column, found in enumerate(runs.values()):
-            if name in found["claims"]:
-                claim = found["claims"][name]
+        for column, run in enumerate(runs.values()):
+            if name in run["claims"]:
+                claim = run["claims"][name]
                 grid[row, column] = verdicts.index(claim["verdict"])
                 axes.text(column, row, cell(claim), ha="center", va="center", fontsize=6.5)
     axes.imshow(grid, cmap=ListedColormap(list(VERDICTS.values())), vmin=-0.5, vmax=2.5)
@@ -211,7 +213,7 @@ def draw_grid(runs: dict[str, dict], of_paper: bool) -> Figure:
     ]
     axes.set_yticks(range(len(claims)), labels, fontsize=7.5)
     axes.set_xticks(range(len(runs)), runs, rotation=90, fontsize=7.5, parse_math=False)
-    headings = [heading(found) for found in runs.values()]
+    headings = [heading(run) for run in runs.values()]
     for text in dict.fromkeys(headings):
         first = headings.index(text)
         axes.axvline(first - 0.5, color="black", lw=1)

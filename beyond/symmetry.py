@@ -79,6 +79,7 @@ def turned(study: Study, length: int) -> Turned:
     rotations = random_rotations(ROTATIONS, study.model.config.d_vocab, generator)
     names = [f"blocks.{l}.attn.hook_{which}" for l in study.layers for which in "qk"]
 
+    # In parts, whose activations stay in the processor's cache.
     parts = [rotated(study.model, x, rotations, names) for x in sample.inputs.split(CHUNK)]
     outputs = torch.cat([outputs for outputs, _ in parts], 1)
     means = {name: torch.cat([means[name] for _, means in parts]) for name in names}
@@ -115,10 +116,10 @@ def claim_rotations(study: Study) -> Finding:
     mses = []
     zeros = []
     for length in LENGTHS:
-        found = turned(study, length)
-        target = found.sample.targets
-        variance = found.outputs.var(0)[:, FIRST_POSITION:].mean()
-        mses.append(data.mse(found.output, target))
+        answers = turned(study, length)
+        target = answers.sample.targets
+        variance = answers.outputs.var(0)[:, FIRST_POSITION:].mean()
+        mses.append(data.mse(answers.output, target))
         zeros.append(data.mse(torch.zeros_like(target), target))
         shares.append(variance / mses[-1])
 
@@ -329,14 +330,14 @@ def kinds(study: Study) -> dict:
         "white noise": white,
     }
 
-    found = {}
+    by_kind = {}
     for kind, a in vectors.items():
         x = a[:, :-1]
         if kind == "noise 0.1":
             x = x + noise
         first = FIRST_POSITION if kind == "4 inputs" else 4
-        found[kind] = Sequences(x, a[:, 1:], study.model(x), first)
-    return found
+        by_kind[kind] = Sequences(x, a[:, 1:], study.model(x), first)
+    return by_kind
 
 
 class Shares(NamedTuple):
@@ -384,11 +385,11 @@ def compared(study: Study, kind: str) -> Compared:
 @kept
 def know_less(study: Study, kind: str) -> dict:
     """What predictors say that know less of the model, [batch, pos, d_vocab] by name."""
-    x, truth, output, _ = kinds(study)[kind]
+    sequences = kinds(study)[kind]
     return {
-        "the truth": truth,
-        "fixed filter": filtered(x),
-        "filter fitted to the model": fitted_filter(x, output),
+        "the truth": sequences.truth,
+        "fixed filter": filtered(sequences.x),
+        "filter fitted to the model": fitted_filter(sequences.x, sequences.output),
     }
 
 
@@ -412,19 +413,21 @@ def claim_mean_field(study: Study) -> Finding:
     the share of the output by kind."""
     by_kind = {}
     for kind in KINDS:
-        found = compared(study, kind)
-        by_kind[kind] = shares(found.prediction, found.sequences)
+        comparison = compared(study, kind)
+        by_kind[kind] = shares(comparison.prediction, comparison.sequences)
     of_output = [share.output for share in by_kind.values()]
     of_error = [by_kind[kind].error for kind in WHERE_IT_ERRS]
     white = by_kind["white noise"]
 
     # The closed form against what it stands for.
     recurrences = compared(study, "recurrences")
-    x, truth, output, _ = recurrences.sequences
+    x = recurrences.sequences.x
+    truth = recurrences.sequences.truth
     rotations = random_rotations(SAMPLED, x.shape[-1], study.generator("sampled rotations"))
     sampled, _ = rotated(study.model, x, rotations)
     sampling = sampled.var(0)[:, FIRST_POSITION:].mean() / SAMPLED
     mse_sampled = data.mse(sampled.mean(0), truth) - sampling
+    mse_model = data.mse(recurrences.sequences.output, truth)
     mse_closed_form = data.mse(recurrences.prediction, truth)
     is_the_mean = abs(mse_closed_form - mse_sampled) <= 0.1 * mse_sampled
 
@@ -452,7 +455,7 @@ def claim_mean_field(study: Study) -> Finding:
         values[f"{kind}: of the output"] = by_kind[kind].output
         values[f"{kind}: of the error"] = by_kind[kind].error
     values |= {
-        "MSE on recurrences: model, mean field": [data.mse(output, truth), mse_closed_form],
+        "MSE on recurrences: model, mean field": [mse_model, mse_closed_form],
         "MSE on recurrences, mean of all rotations (100 sampled)": mse_sampled,
         "MSE on recurrences, whole maps": mse_of_maps(0.0),
         "MSE on recurrences, whole maps and t": mse_of_maps(1.0),
@@ -484,13 +487,13 @@ def without_directions(study: Study) -> Tensor:
     """
     times = torch.zeros(len(study.layers), len(LENGTHS))
     for i, length in enumerate(LENGTHS):
-        found = turned(study, length)
-        target = found.sample.targets
+        answers = turned(study, length)
+        target = answers.sample.targets
         for l in study.layers:
             names = (f"blocks.{l}.attn.hook_q", f"blocks.{l}.attn.hook_k")
-            hooks = hold({name: found.means[name] for name in names})
-            held = study.model(found.sample.inputs, hooks=hooks)
-            times[l, i] = data.mse(held, target) / data.mse(found.output, target)
+            hooks = hold({name: answers.means[name] for name in names})
+            held = study.model(answers.sample.inputs, hooks=hooks)
+            times[l, i] = data.mse(held, target) / data.mse(answers.output, target)
     return times
 
 
@@ -538,12 +541,12 @@ def number_directions(study: Study) -> dict:
         closed_form(study.model, x, record(points, streams))
         by_sequence.append({name: stream[:, -1] for name, stream in streams.items()})
 
-    found = {}
+    by_point = {}
     for name in points:
         t = torch.stack([streams[name] for streams in by_sequence])  # [batch, pos, d_model]
         mean = t.mean(0)
-        found[name] = Directions(mean, principal_directions(t - mean))
-    return found
+        by_point[name] = Directions(mean, principal_directions(t - mean))
+    return by_point
 
 
 def keep_numbers(study: Study, count: int) -> dict:
@@ -574,18 +577,20 @@ class Restricted(NamedTuple):
 
 @kept
 def restricted_mses(study: Study) -> Restricted:
-    found = compared(study, "recurrences")
-    x, truth, output, _ = found.sequences
-    truth = truth[:RESTRICTED]
+    recurrences = compared(study, "recurrences")
+    sequences = recurrences.sequences
+    x = sequences.x[:RESTRICTED]
+    truth = sequences.truth[:RESTRICTED]
 
     def mse(prediction: Tensor) -> Tensor:
         return data.mse(prediction[:RESTRICTED], truth)
 
     by_count = {}
     for count in DIRECTIONS:
-        prediction = closed_forms(study.model, x[:RESTRICTED], keep_numbers(study, count))
+        prediction = closed_forms(study.model, x, keep_numbers(study, count))
         by_count[count] = mse(prediction)
-    return Restricted(by_count, mse(found.prediction), mse(output), mse(torch.zeros_like(output)))
+    zero = torch.zeros_like(truth)
+    return Restricted(by_count, mse(recurrences.prediction), mse(sequences.output), mse(zero))
 
 
 @claim("beside multiples of the vectors a position holds eight numbers", None, 23)
@@ -615,22 +620,24 @@ def claim_numbers(study: Study) -> Finding:
 
 
 # ---------- Figures ----------
-@figure(21, "half of the error is asymmetry")
+@figure(21, "how much of the error is asymmetry")
 def figure_rotations(study: Study):
-    title = "Answers to turned inputs, turned back and averaged: half of the error is asymmetry"
+    title = "Answers to turned inputs, turned back and averaged: what of the error is asymmetry"
     canvas, panels = grid(1, 2, 10.5, 4, title)
     axes = panels[0, 0]
     counts = range(1, FOR_VARIANCE + 1)
     for length, marker in zip(LENGTHS, ("o", "s", "^")):
-        found = turned(study, length)
-        target = found.sample.targets
-        mse = data.mse(found.output, target)
-        shares = [data.mse(found.outputs[:count].mean(0), target) / mse for count in counts]
+        answers = turned(study, length)
+        target = answers.sample.targets
+        mse = data.mse(answers.output, target)
+        shares = [data.mse(answers.outputs[:count].mean(0), target) / mse for count in counts]
         axes.plot(counts, shares, marker=marker, ms=4, color=MODEL, label=f"{length} inputs")
     for kind, style in {"4 inputs": ":", "recurrences": "--"}.items():
-        x, truth, output, _ = compared(study, kind).sequences
-        share = data.mse(compared(study, kind).prediction, truth) / data.mse(output, truth)
-        label = f"closed form, all rotations, {x.shape[1]} inputs"
+        comparison = compared(study, kind)
+        sequences = comparison.sequences
+        mse = data.mse(sequences.output, sequences.truth)
+        share = data.mse(comparison.prediction, sequences.truth) / mse
+        label = f"closed form, all rotations, {sequences.x.shape[1]} inputs"
         axes.axhline(share, color=CLOSED_FORM, ls=style, label=label)
     axes.set(title="the mean of several rotations", xlabel="rotations averaged", ylim=(0, None))
     axes.set_ylabel("MSE / the model's MSE")
@@ -649,7 +656,7 @@ def figure_rotations(study: Study):
 
 @figure(23, "where vectors are compared, and the numbers beside them", 3)
 def figure_angles(study: Study):
-    title = "Vectors are compared once, in layer 0; beside them a few numbers"
+    title = "Where vectors are compared, and the numbers beside them"
     canvas, panels = grid(1, 3, 12, 4, title)
     axes = panels[0, 0]
     x = np.arange(len(LENGTHS))
