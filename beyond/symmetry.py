@@ -637,7 +637,8 @@ def figure_rotations(study: Study):
         sequences = comparison.sequences
         mse = data.mse(sequences.output, sequences.truth)
         share = data.mse(comparison.prediction, sequences.truth) / mse
-        label = f"closed form, all rotations, {sequences.x.shape[1]} inputs"
+        count, inputs, _ = sequences.x.shape
+        label = f"closed form, {count} other sequences of {inputs} inputs"
         axes.axhline(share, color=CLOSED_FORM, ls=style, label=label)
     axes.set(title="the mean of several rotations", xlabel="rotations averaged", ylim=(0, None))
     axes.set_ylabel("MSE / the model's MSE")
