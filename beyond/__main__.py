@@ -16,8 +16,8 @@ if __name__ == "__main__":
 import beyond.symmetry  # noqa: F401, in the order of the article: each enters its claims and figures
 import beyond.scalars  # noqa: F401
 import beyond.gain  # noqa: F401
-from analyze import MODEL, TRUTH, Study, grid, pick, run_command
-from beyond.filter import FILTER, OURS, POSITIONS, by_position, errors, figure
+from analyze import HERE, MODEL, TRUTH, Study, grid, pick, run_command
+from beyond.filter import FILTER, OURS, POSITIONS, errors, figure
 from beyond.symmetry import CLOSED_FORM, asymmetry_by_position, compared, shares
 from data import MAX_LENGTH
 
@@ -31,18 +31,15 @@ def figure_summary(study: Study):
     i = pick(study.test, -1.1)
     a = study.test.a[i]
     output = study.model(study.test.inputs[i : i + 1])[0]
-    predicted = range(3, MAX_LENGTH + 1)
-    moving = a.std(0).argsort(descending=True)
-    for dimension, style in zip(moving, ("o-", "o:")):
-        axes.plot(a[:, dimension], style, color=TRUTH, mfc="none", label="the truth")
-        axes.plot(predicted, output[2:, dimension], "x", color=MODEL, label="the model's prediction")
-    axes.set(title=f"two of {len(moving)} dimensions, c = {study.test.c[i]:.2f}", xlabel="n", ylabel="$a_n$")
-    axes.legend(handles=axes.lines[:2], loc="upper left")  # of one dimension
+    two = a.std(0).topk(2).indices  # those that move most
+    truth = axes.plot(a[:, two], "o-", color=TRUTH, mfc="none")
+    predicted = axes.plot(range(3, MAX_LENGTH + 1), output[2:, two], "x", color=MODEL)
+    axes.set(title=f"two of the dimensions, c = {study.test.c[i]:.2f}", xlabel="n", ylabel="$a_n$")
+    axes.legend([truth[0], predicted[0]], ["the truth", "the model's prediction"], loc="upper left")
 
     axes = panels[0, 1]
-    mse, asymmetry = asymmetry_by_position(study)
-    rest = mse - asymmetry
-    fixed = by_position(study, errors(study).filter)
+    mse, rest = asymmetry_by_position(study)
+    fixed = errors(study).filter.nanmean(0)
     axes.semilogy(POSITIONS, mse, ".-", color=MODEL, label="the model")
     axes.semilogy(POSITIONS, rest, ".-", color=CLOSED_FORM, label="its mean over rotations")
     axes.semilogy(POSITIONS, fixed, ".-", color=FILTER, label="a filter that infers nothing")
@@ -63,8 +60,7 @@ def figure_summary(study: Study):
 
 
 def main():
-    folder = os.path.dirname(os.path.abspath(__file__))
-    run_command(OURS, __doc__, "mechanism", os.path.join(folder, "figures"))
+    run_command(OURS, __doc__, "mechanism", os.path.join(HERE, "beyond", "figures"))
 
 
 if __name__ == "__main__":

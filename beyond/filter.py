@@ -8,8 +8,8 @@ For each position one set of coefficients for all vectors so far, the same for e
 import functools
 from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import analyze
@@ -25,6 +25,11 @@ POSITIONS = range(FIRST_POSITION, MAX_LENGTH)  # at which the next vector is det
 OURS = Catalogue()
 claim = OURS.claim
 figure = OURS.figure
+
+
+def scaled(study: Study, count: int) -> int:
+    """`count` sequences, in a smaller study, that of an untrained model, as much fewer."""
+    return max(2, count * study.size // analyze.POPULATION)
 
 
 @functools.cache
@@ -82,36 +87,36 @@ def fitted_filter(x: Tensor, output: Tensor) -> Tensor:
 
 
 class Errors(NamedTuple):
-    """Squared errors on new training sequences of all lengths, one for each position from 2 on, in one row
-    each."""
+    """Squared errors on new training sequences of all lengths, at positions 2 to 13, nan behind the end."""
 
-    model: Tensor
-    filter: Tensor
-    position: Tensor
-    c: Tensor
+    model: Tensor  # [sequence, pos]
+    filter: Tensor  # [sequence, pos]
+    c: Tensor  # [sequence]
 
 
 @kept
 def errors(study: Study) -> Errors:
     seed = study.generator("mechanism").initial_seed()
-    count = max(2, TESTED * study.size // analyze.POPULATION)
-    by_length = []
-    for sample in data.held_out(count, seed, d_vocab=study.model.config.d_vocab):
-        off = study.model(sample.inputs) - sample.targets
-        model = off.pow(2).mean(-1)  # [batch, pos]
-        off = filtered(sample.inputs) - sample.targets
-        fixed = off.pow(2).mean(-1)
-        position = torch.arange(model.shape[1]).expand_as(model)
-        c = sample.c[:, None].expand_as(model)
-        parts = torch.stack([model, fixed, position, c])
-        by_length.append(parts[:, :, FIRST_POSITION:].flatten(1))
-    return Errors(*torch.cat(by_length, 1))
+    squared = []
+    c = []
+    for sample in data.held_out(scaled(study, TESTED), seed, d_vocab=study.model.config.d_vocab):
+        predictions = torch.stack([study.model(sample.inputs), filtered(sample.inputs)])
+        of_length = (predictions - sample.targets).pow(2).mean(-1)  # [2, batch, pos]
+        squared.append(F.pad(of_length, (0, MAX_LENGTH - of_length.shape[-1]), value=torch.nan))
+        c.append(sample.c)
+
+    model, fixed = torch.cat(squared, 1)[:, :, FIRST_POSITION:]
+    return Errors(model, fixed, torch.cat(c))
 
 
-def by_position(study: Study, squared: Tensor) -> Tensor:
-    """Means at the positions 2 .. 13 of one of the Errors."""
-    position = errors(study).position
-    return torch.stack([squared[position == n].mean() for n in POSITIONS])
+def by_c(c: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranges of c, 0.25 wide: their middles, and the means over the sequences in each, of values [batch, ...]
+    and as [range, ...]."""
+    ranges = c // 0.25
+    found = ranges.unique()
+
+    means = torch.stack([values[ranges == i].mean(0) for i in found])
+    return 0.25 * found + 0.125, means
 
 
 @claim("early the model beats the best fixed filter, late the filter beats the model", None, 20)
@@ -119,18 +124,16 @@ def claim_fixed_filter(study: Study) -> Finding:
     """MSE by position over the training distribution. The model's is at most half of the filter's at 2 to 6,
     where it must infer something, and at least twice it at 12 and 13; partly if only the first. Measured:
     filter / model by position."""
-    model = by_position(study, errors(study).model)
-    fixed = by_position(study, errors(study).filter)
+    model = errors(study).model.nanmean(0)
+    fixed = errors(study).filter.nanmean(0)
     early = (model[:5] <= fixed[:5] / 2).all()
     late = (model[-2:] >= 2 * fixed[-2:]).all()
+
     values = {
         "MSE of the model, positions 2 to 13": model,
         "MSE of the filter, positions 2 to 13": fixed,
+        "coefficients at 13, a_n first": fixed_filter(study.model.config.d_vocab, "affine")[13].flip(0),
     }
-
-    K = fixed_filter(study.model.config.d_vocab, "affine")
-    for n in (6, 13):
-        values[f"coefficients at {n}, a_n first"] = K[n, : n + 1].flip(0)
     return Finding(fixed / model, verdict(early and late, early), values)
 
 
@@ -139,20 +142,15 @@ def figure_errors(study: Study):
     title = "Error on new training sequences of all lengths (the exact solver's is below $10^{-6}$)"
     canvas, panels = grid(1, 2, 10.5, 4, title)
     squared = errors(study)
-    model = {"color": MODEL, "label": "model"}
-    fixed = {"color": FILTER, "label": "best fixed filter"}
-    axes = panels[0, 0]
-    axes.semilogy(POSITIONS, by_position(study, squared.model), ".-", **model)
-    axes.semilogy(POSITIONS, by_position(study, squared.filter), ".-", **fixed)
-    axes.set(xlabel="position n, at which $a_{n+1}$ is predicted", ylabel="mean squared error")
-    axes.legend()
-
-    axes = panels[0, 1]
-    edges = np.arange(-2, 2, 0.25)
-    in_range = [(squared.c >= edge) & (squared.c < edge + 0.25) for edge in edges]
-    of_model = [squared.model[i].mean() for i in in_range]
-    of_filter = [squared.filter[i].mean() for i in in_range]
-    axes.semilogy(edges + 0.125, of_model, ".-", **model)
-    axes.semilogy(edges + 0.125, of_filter, ".-", **fixed)
-    axes.set(xlabel="c, in ranges of 0.25", ylabel="mean squared error")
+    styles = {
+        "model": (squared.model, MODEL),
+        "best fixed filter": (squared.filter, FILTER),
+    }
+    for label, (of_sequences, color) in styles.items():
+        panels[0, 0].semilogy(POSITIONS, of_sequences.nanmean(0), ".-", color=color, label=label)
+        c, by_range = by_c(squared.c, of_sequences.nanmean(1))
+        panels[0, 1].semilogy(c, by_range, ".-", color=color, label=label)
+    panels[0, 0].set(xlabel="position n, at which $a_{n+1}$ is predicted", ylabel="mean squared error")
+    panels[0, 0].legend()
+    panels[0, 1].set(xlabel="c, in ranges of 0.25", ylabel="mean squared error")
     return canvas

@@ -6,21 +6,18 @@ The gain at a position is one over ln_final's scale there. Clean is without an i
 much an ablation raises the MSE.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import interventions
 from analyze import LAYERS, MODEL, SCALE, Finding, Study, grid, interval, kept, mean_ablation, verdict
-from beyond.filter import claim, figure
-from beyond.symmetry import principal_directions
+from beyond.filter import by_c, claim, figure
+from beyond.symmetry import Directions, principal_directions
 from data import squared_errors
 
 FEW = 200  # test sequences
-WIDTH = 0.25  # of the ranges of |c|, eight
 
 
 # ---------- The scale is what the layer does ----------
@@ -38,7 +35,7 @@ def arms(study: Study, layer: int) -> Arms:
     """Of mean-ablating the heads of a layer."""
     ablation = mean_ablation(study, heads=interventions.layer_heads(study.model, layer))
     resid = study.clean[f"blocks.{layer}.hook_resid_pre"][:FEW]
-    activations: dict = {}
+    activations = {}
     record = interventions.record([SCALE], activations)
     study.model.run_from(layer, resid, interventions.join(ablation, record))
 
@@ -50,14 +47,12 @@ def arms(study: Study, layer: int) -> Arms:
 
 def mended(arms: Arms) -> Tensor:
     """The share of the damage that goes away with the clean scale."""
-    damage = arms.ablated.mean() - arms.clean.mean()
-    return (arms.ablated.mean() - arms.clean_scale.mean()) / damage
+    return (arms.ablated - arms.clean_scale).mean() / (arms.ablated - arms.clean).mean()
 
 
 def comes_back(arms: Arms) -> Tensor:
     """The share of the damage that the ablated model's scale alone does."""
-    damage = arms.ablated.mean() - arms.clean.mean()
-    return (arms.scale_alone.mean() - arms.clean.mean()) / damage
+    return (arms.scale_alone - arms.clean).mean() / (arms.ablated - arms.clean).mean()
 
 
 @claim("layer 1's heads are a gain control, by way of ln_final's scale", None, 26, 3)
@@ -73,9 +68,7 @@ def claim_gain_control(study: Study) -> Finding:
         of_layer = arms(study, l)
         goes.append(mended(of_layer))
         comes.append(comes_back(of_layer))
-        times = torch.stack([of_layer.ablated.mean(), of_layer.clean_scale.mean()]) / of_layer.clean.mean()
         values[f"layer {l}: goes, comes back"] = [goes[l], comes[l]]
-        values[f"layer {l}: times the MSE, and with the clean scale"] = times
 
     is_gain = goes[1] >= 0.8 and comes[1] >= 0.5
     others_are_not = all(share < 0.5 for share in (goes[0], comes[0], goes[2], comes[2]))
@@ -84,24 +77,17 @@ def claim_gain_control(study: Study) -> Finding:
 
 
 # ---------- One number a position ----------
-class Written(NamedTuple):
-    """What a layer's heads write, over the population."""
-
-    mean: Tensor  # [pos, d_model]
-    direction: Tensor  # [d_model], the first principal one
-
-
 @kept
-def written_by_heads(study: Study, layer: int) -> Written:
-    written = study.activations[f"blocks.{layer}.hook_attn_out"]
-    mean = written.mean(0)
-    return Written(mean, principal_directions(written - mean)[0])
+def written_by_heads(study: Study, layer: int) -> Directions:
+    """What a layer's heads write, over the population."""
+    return principal_directions(study.activations[f"blocks.{layer}.hook_attn_out"])
 
 
-def along(value: Tensor, written: Written) -> Tensor:
+def along(value: Tensor, written: Directions) -> Tensor:
     """The part of an activation [batch, pos, d_model], less its mean, along the first principal direction."""
-    number = (value - written.mean) @ written.direction  # [batch, pos]
-    return number[..., None] * written.direction
+    direction = written.directions[0]
+    number = (value - written.mean) @ direction  # [batch, pos]
+    return number[..., None] * direction
 
 
 @claim("of all that layer 1's heads write one number a position is enough", None, 26, 3)
@@ -111,15 +97,15 @@ def claim_one_knob(study: Study) -> Finding:
     tenfold, with only one for layers 0 and 2 more than twofold; partly at most fourfold and, without that
     number, at least five times as much as with it. Measured: times the MSE with it."""
 
-    def times(layer: int, change: Callable) -> Tensor:
+    def times(layer, change):
         written = written_by_heads(study, layer)
         hooks = {f"blocks.{layer}.hook_attn_out": lambda value: change(value, written)}
         return study.factor(study.errors(layer, hooks))
 
-    def keep_it(value: Tensor, written: Written) -> Tensor:
+    def keep_it(value, written):
         return written.mean + along(value, written)
 
-    def remove_it(value: Tensor, written: Written) -> Tensor:
+    def remove_it(value, written):
         return value - along(value, written)
 
     one = times(1, keep_it)
@@ -132,24 +118,17 @@ def claim_one_knob(study: Study) -> Finding:
 
 
 # ---------- Figure ----------
-def by_c(c: Tensor, values: Tensor) -> Tensor:
-    """Means of values [batch, ...] over the sequences in each range of |c|, [8, ...]."""
-    bins = (c.abs() // WIDTH).clamp_max(7)  # |c| = 2 belongs to the last one
-    return torch.stack([values[bins == i].mean(0) for i in range(8)])
-
-
 @figure(26, "layer 1 as a gain control", 3)
 def figure_gain(study: Study):
     title = "Layer 1 is a gain control: what it does is one number a position, ln_final's scale"
     canvas, panels = grid(1, 2, 10.5, 4, title)
-    x = WIDTH * (np.arange(8) + 0.5)
     axes = panels[0, 0]
     target = study.test.targets[:FEW]
-    power = by_c(study.test.c[:FEW], squared_errors(torch.zeros_like(target), target))
-
-    layer_1 = arms(study, 1)
-    by_arm = by_c(study.test.c[:FEW], torch.stack(layer_1, 1)) / power[:, None]  # [8, arm]
-    clean, ablated, clean_scale, alone = by_arm.T
+    power = squared_errors(0 * target, target)
+    of_sequences = torch.stack([power, *arms(study, 1)], 1)  # [FEW, 5]
+    x, by_range = by_c(study.test.c[:FEW].abs(), of_sequences)
+    shares = by_range[:, 1:] / by_range[:, :1]
+    clean, ablated, clean_scale, alone = shares.T
     blue = LAYERS[1]
     axes.semilogy(x, ablated, "o-", color=blue, label="layer 1's heads at their mean")
     label = "scale alone: intact, but divided by that model's scale"
@@ -157,15 +136,13 @@ def figure_gain(study: Study):
     label = "clean scale: at their mean, but divided by the intact scale"
     axes.semilogy(x, clean_scale, "^--", color=blue, label=label)
     axes.semilogy(x, clean, "o-", color=MODEL, label="the intact model")
-    axes.set(title="the damage, and what mends it", xlabel="|c|", ylabel="unexplained share")
-    axes.set_ylim(None, 10)
+    axes.set(title="the damage, and what mends it", xlabel="|c|", ylabel="unexplained share", ylim=(None, 10))
     axes.legend(fontsize=7, loc="upper left")
 
     axes = panels[0, 1]
-    scale = by_c(study.population.c, study.activations[SCALE][..., 0])  # [8, pos]
+    x, scale = by_c(study.population.c.abs(), study.activations[SCALE][..., 0])  # [range, pos]
     for n, style in zip((3, 6, 9, 12), (":", "-.", "--", "-")):
         axes.plot(x, scale[:, n], ls=style, marker=".", color=MODEL, label=f"position {n}")
-    axes.set(title="what the stream is divided by", xlabel="|c|", ylabel="scale of ln_final")
-    axes.set_ylim(0, None)
+    axes.set(title="what the stream is divided by", xlabel="|c|", ylabel="scale of ln_final", ylim=(0, None))
     axes.legend()
     return canvas

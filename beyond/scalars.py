@@ -29,7 +29,7 @@ from analyze import (
     verdict,
     write_values,
 )
-from beyond.filter import FILTER, claim, figure
+from beyond.filter import FILTER, claim, figure, scaled
 from beyond.symmetry import (
     CLOSED_FORM,
     KINDS,
@@ -53,11 +53,12 @@ FOR_MEANS = 500  # sequences over which patterns are averaged
 
 # ---------- The scalar transformer ----------
 def patterns_and_scales(study: Study, x: Tensor) -> dict:
-    """What the scalar transformer takes from the model on inputs x, by hook name; and the "output"."""
+    """What the scalar transformer takes from the model on inputs x, by hook name; and the stream before each
+    layer and the "output"."""
     names = [SCALE]
     for l in study.layers:
-        block = f"blocks.{l}"
-        names += [f"{block}.attn.hook_pattern", f"{block}.ln1.hook_scale", f"{block}.ln2.hook_scale"]
+        points = ("hook_resid_pre", "attn.hook_pattern", "ln1.hook_scale", "ln2.hook_scale")
+        names += [f"blocks.{l}.{point}" for point in points]
     return study.record(x, *names)
 
 
@@ -146,7 +147,7 @@ def scores(study: Study, kind: str) -> dict[str, Shares]:
     kappa = traces(study)
     slopes = mlp_slopes(study)
 
-    def predict(kappa: Tensor) -> Tensor:
+    def predict(kappa):
         return source_factors(taken, kappa, slopes) @ x
 
     patterns = {name: mean.expand_as(taken[name]) for name, mean in mean_patterns.items()}
@@ -156,10 +157,9 @@ def scores(study: Study, kind: str) -> dict[str, Shares]:
         "mean patterns": source_factors(taken | patterns, kappa, slopes) @ x,
         "constant weights": mean_factors @ x,
     }
-    for l in study.layers[1:]:
-        without = kappa.clone()
-        without[l] = 0.0
-        predictions[f"without layer {l}"] = predict(without)
+    without_layer_2 = kappa.clone()
+    without_layer_2[2] = 0.0
+    predictions["without layer 2"] = predict(without_layer_2)
     explained_by = {name: shares(prediction, sequences) for name, prediction in predictions.items()}
 
     orders = torch.rand(SHUFFLES, *kappa.shape, generator=study.generator("shuffles")).argsort(-1)
@@ -189,7 +189,7 @@ def claim_scalar_transformer(study: Study) -> Finding:
         values[f"{kind}: of the output"] = ours.output
         values[f"{kind}: of the error"] = ours.error
         values[f"{kind}: the best rival ({best}) leaves, times as much"] = times
-        for name in ("without layer 1", *RIVALS):
+        for name in RIVALS:
             values[f"{kind}: {name}"] = by_predictor[name].output
 
     values["kinds that are evidence"] = len(evidence)
@@ -208,9 +208,9 @@ def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict:
     change = kappa[:, None, None] * torch.eye(circuits.shape[-1]).to(kappa) - circuits
     normalised_name = f"blocks.{layer}.ln1.hook_normalized"
     pattern_name = f"blocks.{layer}.attn.hook_pattern"
-    seen: dict = {}
+    seen = {}
 
-    def heads(out: Tensor) -> Tensor:
+    def heads(out):
         x = seen[normalised_name] @ pinv(data_basis(model, layer))  # [batch, pos, d_vocab]
         moved = torch.einsum("bhqk,bkv,hvw->bqw", seen[pattern_name], x, change)
         return out + moved @ pinv(model.unembed.W_U)
@@ -219,13 +219,14 @@ def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict:
     return join(keep, {f"blocks.{layer}.hook_attn_out": heads})
 
 
-def put_layer_0(study: Study, x: Tensor, kappa: Tensor) -> dict:
-    """A hook that leaves after layer 0, in what W_U reads, the data of kappa [n_heads] and MLP 0's slope."""
+def put_layer_0(study: Study, x: Tensor, taken: dict, kappa: Tensor) -> dict:
+    """A hook that leaves after layer 0, in what W_U reads, the data of kappa [n_heads] and MLP 0's slope, on
+    inputs x with the patterns and scales `taken`."""
     W_U = study.model.unembed.W_U
-    steps = data_steps(patterns_and_scales(study, x), kappa[None], mlp_slopes(study)[:1])
+    steps = data_steps(taken, kappa[None], mlp_slopes(study)[:1])
     held = steps["after MLP 0"] @ x
 
-    def replace(resid: Tensor) -> Tensor:
+    def replace(resid):
         off = held - resid @ W_U
         off = off - off.mean(0)  # the mean over sequences is position, not data
         return resid + off @ pinv(W_U)
@@ -238,22 +239,23 @@ def put_in(study: Study) -> dict[str, list]:
     """MSE, relative to the unchanged model's, by LENGTHS, with the scalars in place of a layer's heads, or of
     layer 0 as a whole, beside kappa = 0 and kappa shuffled."""
     generator = study.generator("put in")
-    by_arm: dict = {}
+    by_arm = {}
     for length in LENGTHS:
-        sample = study.sample(OF_A_KIND, generator, length)
+        sample = study.sample(scaled(study, OF_A_KIND), generator, length)
         x = sample.inputs
-        clean = data.mse(study.model(x), sample.targets)
-        arms = {}
+        taken = patterns_and_scales(study, x)
+        clean = data.mse(taken["output"], sample.targets)
         for l, kappa in enumerate(traces(study)):
             order = torch.randperm(len(kappa), generator=generator)
             numbers = {"": kappa, ", 0": 0 * kappa, ", shuffled": kappa[order]}
             for suffix, changed in numbers.items():
-                arms[f"layer {l}'s heads{suffix}"] = put_scalars(study, l, changed)
+                arms = {f"layer {l}'s heads": put_scalars(study, l, changed)}
                 if l == 0:
-                    arms[f"layer 0 as a whole{suffix}"] = put_layer_0(study, x, changed)
-        for arm, hooks in arms.items():
-            times = data.mse(study.model(x, hooks=hooks), sample.targets) / clean
-            by_arm.setdefault(arm, []).append(times)
+                    arms["layer 0 as a whole"] = put_layer_0(study, x, taken, changed)
+                for arm, hooks in arms.items():
+                    output = study.model.run_from(l, taken[f"blocks.{l}.hook_resid_pre"], hooks)
+                    times = data.mse(output, sample.targets) / clean
+                    by_arm.setdefault(arm + suffix, []).append(times)
     return by_arm
 
 
@@ -283,6 +285,7 @@ def figure_left_of_the_output(study: Study):
     axes = panels[0, 0]
     least = 5e-4
     most = 2.0
+    arrows = {least: "<", most: ">"}
     colors = {
         "the truth": TRUTH,
         "fixed filter": FILTER,
@@ -295,11 +298,15 @@ def figure_left_of_the_output(study: Study):
         predictors = scores(study, kind) | {"closed form": shares(field.prediction, field.sequences)}
         for name, color in colors.items():
             left = 1 - predictors[name].output
-            marker = "<" if left < least else ">" if left > most else "o"
             x = min(max(left, least), most)
+            marker = arrows.get(x, "o")
             axes.plot(x, row, marker, ms=8, color=color, label=name if row == 0 else None)
-    axes.set(xscale="log", xlim=(0.8 * least, 1.25 * most), xlabel="share of the output that is left")
-    axes.set_title("further left is nearer to the model; an arrow is off the axis")
+    axes.set(
+        xscale="log",
+        xlim=(0.8 * least, 1.25 * most),
+        xlabel="share of the output that is left",
+        title="further left is nearer to the model; an arrow is off the axis",
+    )
     axes.set_yticks(range(len(KINDS)), KINDS)
     axes.invert_yaxis()
     axes.grid(axis="y", color="0.9")
@@ -310,22 +317,25 @@ def figure_left_of_the_output(study: Study):
 @figure(24, "the 27 numbers, and maps that they stand for", 3)
 def figure_scalars(study: Study):
     title = "27 numbers, and a 40 x 40 map of each layer that one stands for"
-    canvas, panels = grid(1, 5, 13, 3, title)
+    canvas, panels = grid(1, 4, 13, 3.4, title)
     kappa = traces(study)
     axes = panels[0, 0]
-    heads = np.arange(len(study.heads))
+    numbers = torch.cat([kappa, mlp_slopes(study)[:, None]], 1)  # [n_layers, n_heads + 1]
+    bars = np.arange(numbers.shape[1])
     for l in study.layers:
-        axes.bar(heads + l * (len(heads) + 1), kappa[l], color=LAYERS[l % 3], label=f"layer {l}")
+        axes.bar(bars + l * (len(bars) + 1), numbers[l], color=LAYERS[l % 3], label=f"layer {l}")
     axes.axhline(0, color=GREY, lw=0.8)
-    axes.set(title="$\\kappa$ of each head", xlabel="heads by layer", xticks=[], ylabel="factor")
+    axes.set_yscale("symlog", linthresh=0.2)  # a slope is much larger than any kappa
+    axes.set(
+        title="$\\kappa$ of each head, slope of the MLP",
+        xticks=[],
+        ylabel="factor",
+        xlabel="heads in order, then the MLP",
+    )
     axes.legend()
 
-    axes = panels[0, 1]
-    axes.bar(study.layers, mlp_slopes(study), color=LAYERS)
-    axes.set(title="slope of each MLP", xlabel="layer", xticks=study.layers, ylabel="factor")
-
     for l in study.layers[:3]:
-        axes = panels[0, 2 + l]
+        axes = panels[0, 1 + l]
         head = int(kappa[l].abs().argmax())
         matrix = data_ov_circuit(study.model, l)[head]
         title = f"head {l}.{head}: cosine with I {identity_cosine(matrix):.2f}"

@@ -18,10 +18,10 @@ from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor
 
 import data
-from analyze import CHUNK, GREY, LAYERS, MODEL, POPULATION, TRUTH, Finding, Study, grid, kept, verdict
-from beyond.filter import POSITIONS, claim, figure, filtered, fitted_filter
+from analyze import CHUNK, GREY, LAYERS, MODEL, TRUTH, Finding, Study, grid, kept, verdict
+from beyond.filter import POSITIONS, claim, figure, filtered, fitted_filter, scaled
 from data import FIRST_POSITION, MAX_LENGTH, MIN_LENGTH, explained
-from interventions import Hook, hold, record
+from interventions import hold, record
 from model import ACTIVATIONS, Attention, Hooks, Transformer
 
 CLOSED_FORM = "tab:purple"
@@ -29,7 +29,8 @@ LENGTHS = (4, 8, 14)  # inputs
 SEQUENCES = 400  # of each length, on which rotations are averaged
 ROTATIONS = 32  # on which queries and keys are averaged
 FOR_VARIANCE = 16  # of them, for the asymmetry
-PER_LENGTH = 40  # sequences for the asymmetry by position
+PER_LENGTH = 60  # sequences for the asymmetry by position
+PER_SEQUENCE = 8  # rotations of each: more sequences tell more than more rotations
 SAMPLED = 100  # rotations that stand for all, beside the closed form
 RECURRENCES = 48  # for the closed form
 FOR_CLOSED_FORM = 24  # sequences of another kind
@@ -53,21 +54,22 @@ def rotated(model: Transformer, x: Tensor, rotations: Tensor, names=()) -> tuple
     """The answers to a turned sequence, turned back, f(x Q) Q^T, [count, *x.shape], and the means over the
     rotations of activations, by hook name."""
     outputs = []
-    means = dict.fromkeys(names, 0.0)
+    means = dict.fromkeys(names, torch.zeros(()))
     for Q in rotations.to(x):
-        activations: dict = {}
+        activations = {}
         output = model(x @ Q, hooks=record(names, activations))
         outputs.append(output @ Q.T)
         for name, value in activations.items():
-            means[name] = means[name] + value / len(rotations)
+            means[name] = means[name].add(value, alpha=1 / len(rotations))
     return torch.stack(outputs), means
 
 
 class Turned(NamedTuple):
     """What rotations make of sequences of one length."""
 
-    sample: data.Sample
-    output: Tensor  # [batch, pos, d_vocab]: the model's, unturned
+    x: Tensor  # [batch, pos, d_vocab]
+    target: Tensor  # [batch, pos, d_vocab]
+    mse: Tensor  # the model's, unturned
     outputs: Tensor  # [FOR_VARIANCE, batch, pos, d_vocab]: f(x Q) Q^T
     means: dict  # of every layer's queries and keys over the rotations, by hook name
 
@@ -75,35 +77,35 @@ class Turned(NamedTuple):
 @kept
 def turned(study: Study, length: int) -> Turned:
     generator = study.generator(f"rotations {length}")
-    sample = study.sample(SEQUENCES, generator, length)
+    sample = study.sample(scaled(study, SEQUENCES), generator, length)
     rotations = random_rotations(ROTATIONS, study.model.config.d_vocab, generator)
-    names = [f"blocks.{l}.attn.hook_{which}" for l in study.layers for which in "qk"]
+    names = [name for name in study.model.hook_names if name.endswith(("hook_q", "hook_k"))]
 
     # In parts, whose activations stay in the processor's cache.
     parts = [rotated(study.model, x, rotations, names) for x in sample.inputs.split(CHUNK)]
     outputs = torch.cat([outputs for outputs, _ in parts], 1)
     means = {name: torch.cat([means[name] for _, means in parts]) for name in names}
-    return Turned(sample, study.model(sample.inputs), outputs[:FOR_VARIANCE], means)
+    mse = data.mse(study.model(sample.inputs), sample.targets)
+    return Turned(sample.inputs, sample.targets, mse, outputs[:FOR_VARIANCE], means)
 
 
 @kept
 def asymmetry_by_position(study: Study) -> tuple[Tensor, Tensor]:
-    """MSE and asymmetry at the positions 2 .. 13 over sequences of all lengths, on the same sequences."""
+    """MSE at the positions 2 .. 13 over sequences of all lengths, and what of it is no asymmetry."""
     generator = study.generator("rotations by position")
-    d_vocab = study.model.config.d_vocab
-    count = max(2, PER_LENGTH * study.size // POPULATION)
-    errors = torch.full((MAX_LENGTH + 1, MAX_LENGTH), torch.nan)  # [length, pos]
-    variances = errors.clone()
+    by_length = []
     for length in range(MIN_LENGTH, MAX_LENGTH + 1):
-        sample = study.sample(count, generator, length)
-        rotations = random_rotations(FOR_VARIANCE, d_vocab, generator)
+        sample = study.sample(scaled(study, PER_LENGTH), generator, length)
+        rotations = random_rotations(PER_SEQUENCE, study.model.config.d_vocab, generator)
         outputs, _ = rotated(study.model, sample.inputs, rotations)
         # The mean over rotations of the error has nearly the model's expectation and varies less.
-        errors[length, :length] = (outputs - sample.targets).pow(2).mean((0, 1, 3))
-        variances[length, :length] = outputs.var(0).mean((0, 2))
-    mse = errors.nanmean(0)
-    asymmetry = variances.nanmean(0)
-    return mse[FIRST_POSITION:], asymmetry[FIRST_POSITION:]
+        error = (outputs - sample.targets).pow(2).mean((0, 1, 3))  # [pos]
+        variance = outputs.var(0).mean((0, 2))  # [pos]
+        # nan behind the end, which nanmean leaves out.
+        end = (0, MAX_LENGTH - length)
+        by_length.append(F.pad(torch.stack([error, variance]), end, value=torch.nan))
+    mse, asymmetry = torch.stack(by_length).nanmean(0)[:, FIRST_POSITION:]
+    return mse, mse - asymmetry
 
 
 @claim("half of the model's error is that its answers do not quite turn with its inputs", None, 21)
@@ -112,30 +114,24 @@ def claim_rotations(study: Study) -> Finding:
     positions from 2 on and dimensions, as a share of the model's MSE. The MSE is at most a hundredth of that
     of predicting 0, and the asymmetry at least a third of it with 4, 8 and 14 inputs; partly a fifth.
     Measured: the asymmetry at these lengths."""
-    shares = []
-    mses = []
-    zeros = []
-    for length in LENGTHS:
-        answers = turned(study, length)
-        target = answers.sample.targets
-        variance = answers.outputs.var(0)[:, FIRST_POSITION:].mean()
-        mses.append(data.mse(answers.output, target))
-        zeros.append(data.mse(torch.zeros_like(target), target))
-        shares.append(variance / mses[-1])
+    answers = [turned(study, length) for length in LENGTHS]
+    mse = torch.stack([of_length.mse for of_length in answers])
+    zero = torch.stack([data.mse(0 * of_length.target, of_length.target) for of_length in answers])
+    variance = torch.stack([of_length.outputs.var(0)[:, FIRST_POSITION:].mean() for of_length in answers])
+    asymmetry = variance / mse
 
-    useful = all(mse <= zero / 100 for mse, zero in zip(mses, zeros))
-    third = min(shares) >= 1 / 3
-    fifth = min(shares) >= 1 / 5
-    mse, asymmetry = asymmetry_by_position(study)
+    useful = (mse <= zero / 100).all()
+    third = asymmetry.min() >= 1 / 3
+    fifth = asymmetry.min() >= 1 / 5
+    by_position, rest_by_position = asymmetry_by_position(study)
     values = {
-        "inputs": LENGTHS,
-        "MSE of the model": mses,
-        "MSE of predicting 0": zeros,
-        "MSE less asymmetry": [mse * (1 - share) for mse, share in zip(mses, shares)],
-        "MSE by position, 2 to 13": mse,
-        "MSE less asymmetry by position": mse - asymmetry,
+        "MSE of the model": mse,
+        "MSE of predicting 0": zero,
+        "MSE less asymmetry": mse - variance,
+        "MSE by position, 2 to 13": by_position,
+        "MSE less asymmetry by position": rest_by_position,
     }
-    return Finding(shares, verdict(useful and third, useful and fifth), values)
+    return Finding(asymmetry, verdict(useful and third, useful and fifth), values)
 
 
 # ---------- The closed form ----------
@@ -177,8 +173,9 @@ def attend(attn: Attention, rows: Tensor, at: Hooks) -> Tensor:
     """What a layer's heads write, [pos, rows, d_model]. Inner products are sums over all rows; a bias touches
     the last one alone."""
 
-    def read(W: Tensor, b: Tensor) -> Tensor:
-        of_rows = torch.einsum("prd,hde->hpre", rows, W)  # [n_heads, pos, rows, d_head]
+    def read(W, b):
+        of_rows = rows.flatten(0, 1) @ W  # [n_heads, pos * rows, d_head]
+        of_rows = of_rows.unflatten(1, rows.shape[:2])  # [n_heads, pos, rows, d_head]
         of_rows[:, :, -1] += b[:, None]
         return of_rows
 
@@ -187,8 +184,8 @@ def attend(attn: Attention, rows: Tensor, at: Hooks) -> Tensor:
     v = read(attn.W_V, attn.b_V)
 
     # Scores have two parts: what t says, numbers, and inner products of vectors.
-    numbers = torch.einsum("hqe,hke->hqk", q[:, :, -1], k[:, :, -1])
-    vectors = torch.einsum("hqre,hkre->hqk", q[:, :, :-1], k[:, :, :-1])
+    numbers = q[:, :, -1] @ k[:, :, -1].mT
+    vectors = q[:, :, :-1].flatten(2) @ k[:, :, :-1].flatten(2).mT
     parts = at(f"{attn.name}.hook_attn_scores", torch.stack([numbers, vectors]))  # [2, head, dest, src]
     scores = parts.sum(0) / attn.d_head**0.5
     future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
@@ -206,17 +203,21 @@ def mlp_write(mlp, act_fn: str, rows: Tensor) -> Tensor:
     A neuron reads X = mu + sum_i read_i g_i with g_i nearly independent N(0, 1), that is mu + s z with s^2 =
     sum_i read_i^2. Its mean goes into t. What it passes on of g_i is E[f(X) g_i] = read_i E[f'(X)] (Stein's
     lemma), what it reads of it times the same mean slope for every row."""
-    read = rows @ mlp.W_in  # [pos, rows, d_mlp]
-    mu = read[:, -1] + mlp.b_in  # [pos, d_mlp]
-    s = read[:, :-1].pow(2).sum(1).sqrt()  # [pos, d_mlp]
+    A = rows[:, :-1]
+    # All of this depends on A^T A alone: of A = Q R, R will do, where it has fewer rows.
+    many = A.shape[1] > A.shape[2]
+    if many:
+        Q, A = torch.linalg.qr(A)
+    read = A @ mlp.W_in  # [pos, rows, d_mlp]
+    mu = rows[:, -1] @ mlp.W_in + mlp.b_in  # [pos, d_mlp]
+    s = read.pow(2).sum(1).sqrt()  # [pos, d_mlp]
     mean, slope = moments(act_fn, mu, s)
 
-    # What it passes on takes the place of what it has read, the largest tensor here.
-    read[:, :-1] *= slope[:, None]
-    read[:, -1] = mean
-    written = read @ mlp.W_out  # [pos, rows, d_model]
-    written[:, -1] += mlp.b_out
-    return written
+    passed_on = read.mul_(slope[:, None]) @ mlp.W_out  # [pos, rows, d_model]
+    if many:
+        passed_on = Q @ passed_on
+    t = mean @ mlp.W_out + mlp.b_out  # [pos, d_model]
+    return torch.cat([passed_on, t[:, None]], 1)
 
 
 @torch.no_grad()
@@ -271,15 +272,6 @@ def closed_forms(model: Transformer, x: Tensor, hooks: dict | None = None) -> Te
     return torch.stack([closed_form(model, sequence, hooks) for sequence in x])
 
 
-def whole_maps(model: Transformer, x: Tensor, stream: Tensor, with_t: float) -> Tensor:
-    """What the closed form says of one sequence [pos, d_vocab] with the whole maps, sum_r e_r A W_U, in the
-    place of their traces; with_t: 1 with what t says, 0 without. stream: at ln_final.hook_normalized."""
-    _, e = coordinates(x)
-    of_A = e.flatten() * model.config.d_vocab**0.5  # e[r, v] for row r * d_vocab + v, which is over the root
-    weights = torch.cat([of_A, of_A.new_tensor([with_t])])  # [rows]
-    return weights @ stream @ model.unembed.W_U + with_t * model.unembed.b_U
-
-
 # ---------- Kinds of sequences ----------
 KINDS = ("recurrences", "4 inputs", "|c| 2.5 to 3", "two growths", "noise 0.1", "white noise")
 # On the first two the truth nearly is the model, so that little is told apart.
@@ -300,7 +292,7 @@ def kinds(study: Study) -> dict:
     """Of each kind OF_A_KIND sequences. In two growths even vectors have one c, odd ones another, with |c|
     from 1.2 to 2 and different signs; noise is on the inputs, not on the truth; c from 2.5 to 3 is positive.
     """
-    count = min(OF_A_KIND, study.size)
+    count = scaled(study, OF_A_KIND)
     d_vocab = study.model.config.d_vocab
     g = study.generator("kinds")
     uniform = functools.partial(data.uniform, g)
@@ -367,14 +359,13 @@ class Compared(NamedTuple):
 @kept
 def compared(study: Study, kind: str) -> Compared:
     counts = {"recurrences": RECURRENCES, "noise 0.1": FOR_NOISE, "white noise": FOR_NOISE}
-    # Of an untrained model fewer.
-    count = min(counts.get(kind, FOR_CLOSED_FORM), max(2, study.size // 20))
+    count = scaled(study, counts.get(kind, FOR_CLOSED_FORM))
     x, truth, output, first = kinds(study)[kind]
     names = [f"blocks.{l}.attn.hook_attn_scores" for l in study.layers]
     names.append("ln_final.hook_normalized")
 
     predictions = []
-    activations: list = []
+    activations = []
     for sequence in x[:count]:
         activations.append({})
         predictions.append(closed_form(study.model, sequence, record(names, activations[-1])))
@@ -402,6 +393,20 @@ def rivals_leave(study: Study, kind: str) -> dict:
     return left
 
 
+def mse_of_maps(study: Study, with_t: float) -> Tensor:
+    """MSE on recurrences of the closed form with the whole maps, sum_r e_r A W_U, in the place of their
+    traces; with_t: 1 with what t says, 0 without."""
+    recurrences = compared(study, "recurrences")
+    predictions = []
+    for x, activations in zip(recurrences.sequences.x, recurrences.activations):
+        _, e = coordinates(x)
+        of_A = e.flatten() * x.shape[-1] ** 0.5  # e[r, v] for row r * d_vocab + v, which is over the root
+        of_rows = F.pad(of_A, (0, 1), value=with_t)
+        predictions.append(of_rows @ activations["ln_final.hook_normalized"] @ study.model.unembed.W_U)
+    predicted = torch.stack(predictions) + with_t * study.model.unembed.b_U
+    return data.mse(predicted, recurrences.sequences.truth)
+
+
 @claim("the mean over rotations, in closed form from the weights, is the model", None, 22)
 def claim_mean_field(study: Study) -> Finding:
     """Of the model's output the closed form explains, 1 - |p - model|^2 / |model|^2, at least 0.98 on every
@@ -411,10 +416,14 @@ def claim_mean_field(study: Study) -> Finding:
     filter fitted to the model on other sequences of that kind each leave at least three times as much of the
     output. Partly: the first two on white noise. Positions from 4 on (4 inputs: 2), MSEs from 2 on. Measured:
     the share of the output by kind."""
+    values = {}
     by_kind = {}
     for kind in KINDS:
         comparison = compared(study, kind)
-        by_kind[kind] = shares(comparison.prediction, comparison.sequences)
+        share = shares(comparison.prediction, comparison.sequences)
+        by_kind[kind] = share
+        values[f"{kind}: of the output"] = share.output
+        values[f"{kind}: of the error"] = share.error
     of_output = [share.output for share in by_kind.values()]
     of_error = [by_kind[kind].error for kind in WHERE_IT_ERRS]
     white = by_kind["white noise"]
@@ -431,16 +440,7 @@ def claim_mean_field(study: Study) -> Finding:
     mse_closed_form = data.mse(recurrences.prediction, truth)
     is_the_mean = abs(mse_closed_form - mse_sampled) <= 0.1 * mse_sampled
 
-    # Where the asymmetry sits.
-    def mse_of_maps(with_t: float) -> Tensor:
-        maps = []
-        for sequence, activations in zip(x, recurrences.activations):
-            stream = activations["ln_final.hook_normalized"]
-            maps.append(whole_maps(study.model, sequence, stream, with_t))
-        return data.mse(torch.stack(maps), truth)
-
     # Against predictors that know less.
-    values = {}
     times = []
     for kind in ("white noise", "noise 0.1", "two growths"):
         for name, left in rivals_leave(study, kind).items():
@@ -451,14 +451,11 @@ def claim_mean_field(study: Study) -> Finding:
     on_white_noise = white.output >= 0.98 and white.error >= 0.9
     outcome = verdict(everywhere and is_the_mean and min(times) >= 3, on_white_noise)
 
-    for kind in KINDS:
-        values[f"{kind}: of the output"] = by_kind[kind].output
-        values[f"{kind}: of the error"] = by_kind[kind].error
     values |= {
         "MSE on recurrences: model, mean field": [mse_model, mse_closed_form],
         "MSE on recurrences, mean of all rotations (100 sampled)": mse_sampled,
-        "MSE on recurrences, whole maps": mse_of_maps(0.0),
-        "MSE on recurrences, whole maps and t": mse_of_maps(1.0),
+        "MSE on recurrences, whole maps": mse_of_maps(study, 0.0),
+        "MSE on recurrences, whole maps and t": mse_of_maps(study, 1.0),
     }
     return Finding(of_output, outcome, values)
 
@@ -488,12 +485,11 @@ def without_directions(study: Study) -> Tensor:
     times = torch.zeros(len(study.layers), len(LENGTHS))
     for i, length in enumerate(LENGTHS):
         answers = turned(study, length)
-        target = answers.sample.targets
         for l in study.layers:
-            names = (f"blocks.{l}.attn.hook_q", f"blocks.{l}.attn.hook_k")
-            hooks = hold({name: answers.means[name] for name in names})
-            held = study.model(answers.sample.inputs, hooks=hooks)
-            times[l, i] = data.mse(held, target) / data.mse(answers.output, target)
+            block = f"blocks.{l}."
+            of_layer = {name: mean for name, mean in answers.means.items() if name.startswith(block)}
+            held = study.model(answers.x, hooks=hold(of_layer))
+            times[l, i] = data.mse(held, answers.target) / answers.mse
     return times
 
 
@@ -518,79 +514,65 @@ def claim_angles(study: Study) -> Finding:
 
 # ---------- Eight numbers a position ----------
 class Directions(NamedTuple):
-    """Of t at a point of the stream, over sequences: its mean, and its principal directions."""
+    """How vectors vary over sequences."""
 
     mean: Tensor  # [pos, d_model]
-    directions: Tensor  # [d_model, d_model], the first one first
+    directions: Tensor  # [d_model, d_model], the principal ones, the first one first
 
 
-def principal_directions(varying: Tensor) -> Tensor:
-    """Of vectors [batch, pos, d_model] about 0: [d_model, d_model], a row each, the first one first."""
-    vectors = varying.flatten(0, 1).double()
-    _, directions = torch.linalg.eigh(vectors.T @ vectors)
-    return directions.T.flip(0).to(varying)
+def principal_directions(vectors: Tensor) -> Directions:
+    """Of vectors [batch, pos, d_model], less their mean at each position, all positions together."""
+    mean = vectors.mean(0)
+    varying = (vectors - mean).flatten(0, 1).double()
+    _, directions = torch.linalg.eigh(varying.T @ varying)  # as columns, the last one first
+    return Directions(mean, directions.T.flip(0).to(mean))
 
 
 @kept
-def number_directions(study: Study) -> dict:
+def number_directions(study: Study) -> dict[str, Directions]:
     """Of t after every attention and every MLP, by hook name, over sequences that are not tested."""
-    points = [f"blocks.{l}.hook_resid_{which}" for l in study.layers for which in ("mid", "post")]
+    points = [name for name in study.model.hook_names if name.endswith(("resid_mid", "resid_post"))]
     by_sequence = []
-    for x in study.population.inputs[: min(OTHERS, study.size // 2)]:
-        streams: dict = {}
+    for x in study.population.inputs[: scaled(study, OTHERS)]:
+        streams = {}
         closed_form(study.model, x, record(points, streams))
-        by_sequence.append({name: stream[:, -1] for name, stream in streams.items()})
+        by_sequence.append(streams)
 
     by_point = {}
     for name in points:
-        t = torch.stack([streams[name] for streams in by_sequence])  # [batch, pos, d_model]
-        mean = t.mean(0)
-        by_point[name] = Directions(mean, principal_directions(t - mean))
+        t = [streams[name][:, -1] for streams in by_sequence]
+        by_point[name] = principal_directions(torch.stack(t))
     return by_point
+
+
+def restrict(stream: Tensor, mean: Tensor, directions: Tensor) -> Tensor:
+    """A hook of `closed_form` once mean [pos, d_model] and directions [count, d_model] are given: of t, the
+    last row of stream [pos, rows, d_model], only what they say is left. It writes into the stream."""
+    varying = stream[:, -1] - mean
+    stream[:, -1] = mean + varying @ directions.T @ directions
+    return stream
 
 
 def keep_numbers(study: Study, count: int) -> dict:
     """Hooks of `closed_form` that leave of t its mean and `count` numbers after every attention and MLP."""
-
-    def restrict(point: Directions) -> Hook:
-        first = point.directions[:count]
-
-        def hook(stream: Tensor) -> Tensor:  # [pos, rows, d_model], a copy that may be written into
-            mean = point.mean[: len(stream)]
-            varying = stream[:, -1] - mean
-            stream[:, -1] = mean + varying @ first.T @ first
-            return stream
-
-        return hook
-
-    return {name: restrict(point) for name, point in number_directions(study).items()}
-
-
-class Restricted(NamedTuple):
-    """MSEs on the same recurrences."""
-
-    by_count: dict  # of the closed form with so many numbers a position
-    closed_form: Tensor  # with all of them
-    model: Tensor
-    zero: Tensor  # of predicting 0
+    hooks = {}
+    for name, (mean, directions) in number_directions(study).items():
+        hooks[name] = functools.partial(restrict, mean=mean, directions=directions[:count])
+    return hooks
 
 
 @kept
-def restricted_mses(study: Study) -> Restricted:
+def restricted_mses(study: Study) -> dict:
+    """MSE on the same recurrences of the closed form, by how many numbers a position keeps, or "all", of "the
+    model" and of predicting "0"."""
     recurrences = compared(study, "recurrences")
     sequences = recurrences.sequences
     x = sequences.x[:RESTRICTED]
     truth = sequences.truth[:RESTRICTED]
-
-    def mse(prediction: Tensor) -> Tensor:
-        return data.mse(prediction[:RESTRICTED], truth)
-
-    by_count = {}
+    predictions = {"all": recurrences.prediction, "the model": sequences.output, "0": 0 * truth}
     for count in DIRECTIONS:
-        prediction = closed_forms(study.model, x, keep_numbers(study, count))
-        by_count[count] = mse(prediction)
-    zero = torch.zeros_like(truth)
-    return Restricted(by_count, mse(recurrences.prediction), mse(sequences.output), mse(zero))
+        predictions[count] = closed_forms(study.model, x, keep_numbers(study, count))
+    return {name: data.mse(p[:RESTRICTED], truth) for name, p in predictions.items()}
 
 
 @claim("beside multiples of the vectors a position holds eight numbers", None, 23)
@@ -601,22 +583,21 @@ def claim_numbers(study: Study) -> Finding:
     with 8 at most the model's own, and with 1 at least 3 times the unrestricted. Measured: the MSE with 8
     over the unrestricted."""
     mses = restricted_mses(study)
-    with_one = mses.by_count[1]
-    with_eight = mses.by_count[8]
+    unrestricted = mses["all"]
 
-    useful = mses.closed_form <= mses.zero / 100
-    eight_suffice = with_eight <= 1.5 * mses.closed_form
-    one_does_not = with_one >= 3 * mses.closed_form
+    useful = unrestricted <= mses["0"] / 100
+    eight_suffice = mses[8] <= 1.5 * unrestricted
+    one_does_not = mses[1] >= 3 * unrestricted
+    full = useful and eight_suffice and one_does_not
+    part = mses[8] <= mses["the model"] and one_does_not
     values = {
         "k": DIRECTIONS,
-        "MSE with k numbers": list(mses.by_count.values()),
-        "MSE unrestricted": mses.closed_form,
-        "MSE of the model": mses.model,
-        "MSE of predicting 0": mses.zero,
+        "MSE with k numbers": [mses[count] for count in DIRECTIONS],
+        "MSE unrestricted": unrestricted,
+        "MSE of the model": mses["the model"],
+        "MSE of predicting 0": mses["0"],
     }
-    full = useful and eight_suffice and one_does_not
-    part = with_eight <= mses.model and one_does_not
-    return Finding(with_eight / mses.closed_form, verdict(full, part), values)
+    return Finding(mses[8] / unrestricted, verdict(full, part), values)
 
 
 # ---------- Figures ----------
@@ -628,28 +609,30 @@ def figure_rotations(study: Study):
     counts = range(1, FOR_VARIANCE + 1)
     for length, marker in zip(LENGTHS, ("o", "s", "^")):
         answers = turned(study, length)
-        target = answers.sample.targets
-        mse = data.mse(answers.output, target)
-        shares = [data.mse(answers.outputs[:count].mean(0), target) / mse for count in counts]
-        axes.plot(counts, shares, marker=marker, ms=4, color=MODEL, label=f"{length} inputs")
-    for kind, style in {"4 inputs": ":", "recurrences": "--"}.items():
-        comparison = compared(study, kind)
-        sequences = comparison.sequences
-        mse = data.mse(sequences.output, sequences.truth)
-        share = data.mse(comparison.prediction, sequences.truth) / mse
-        count, inputs, _ = sequences.x.shape
-        label = f"closed form, {count} other sequences of {inputs} inputs"
-        axes.axhline(share, color=CLOSED_FORM, ls=style, label=label)
-    axes.set(title="the mean of several rotations", xlabel="rotations averaged", ylim=(0, None))
-    axes.set_ylabel("MSE / the model's MSE")
+        averages = [answers.outputs[:count].mean(0) for count in counts]
+        times = [data.mse(average, answers.target) / answers.mse for average in averages]
+        axes.plot(counts, times, marker=marker, ms=4, color=MODEL, label=f"{length} inputs")
+    (_, truth, output, _), closed_form, _ = compared(study, "recurrences")
+    times = data.mse(closed_form, truth) / data.mse(output, truth)
+    label = "closed form, other sequences of 14 inputs"
+    axes.axhline(times, color=CLOSED_FORM, ls="--", label=label)
+    axes.set(
+        title="the mean of several rotations",
+        xlabel="rotations averaged",
+        ylim=(0, None),
+        ylabel="MSE / the model's MSE",
+    )
     axes.legend()
 
     axes = panels[0, 1]
-    mse, asymmetry = asymmetry_by_position(study)
-    axes.bar(POSITIONS, mse - asymmetry, color=CLOSED_FORM, label="the rest")
-    axes.bar(POSITIONS, asymmetry, bottom=mse - asymmetry, color=MODEL, label="asymmetry")
-    axes.set(title="by position, sequences of all lengths", ylabel="mean squared error")
-    axes.set_xlabel("position n, at which $a_{n+1}$ is predicted")
+    mse, rest = asymmetry_by_position(study)
+    axes.bar(POSITIONS, mse, color=MODEL, label="asymmetry")
+    axes.bar(POSITIONS, rest, color=CLOSED_FORM, label="the rest")
+    axes.set(
+        title="by position, sequences of all lengths",
+        ylabel="mean squared error",
+        xlabel="position n, at which $a_{n+1}$ is predicted",
+    )
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.legend()
     return canvas
@@ -673,18 +656,25 @@ def figure_angles(study: Study):
     layers = np.array(study.layers)
     axes.bar(layers - 0.2, numbers, 0.38, color=GREY, label="the numbers' part")
     axes.bar(layers + 0.2, vectors, 0.38, color=TRUTH, label="the vectors' part")
-    axes.set(title="what attention scores consist of", yscale="log", ylim=(None, 1e4))  # for the legend
-    axes.set_ylabel("variance over sequences")
+    axes.set(
+        title="what attention scores consist of",
+        yscale="log",
+        ylim=(None, 1e4),
+        ylabel="variance over sequences",
+    )  # for the legend
     axes.set_xticks(layers, [f"layer {l}" for l in layers])
     axes.legend()
 
     axes = panels[0, 2]
     mses = restricted_mses(study)
-    label = "closed form, k numbers"
-    axes.semilogy(DIRECTIONS, list(mses.by_count.values()), "o-", color=CLOSED_FORM, label=label)
-    axes.axhline(mses.closed_form, color=CLOSED_FORM, ls="--", label="closed form, all")
-    axes.axhline(mses.model, color=MODEL, label="the model")
-    axes.set(title="how many numbers a position needs", xlabel="numbers k a position keeps")
-    axes.set_ylabel("mean squared error")
+    with_k = [mses[count] for count in DIRECTIONS]
+    axes.semilogy(DIRECTIONS, with_k, "o-", color=CLOSED_FORM, label="closed form, k numbers")
+    axes.axhline(mses["all"], color=CLOSED_FORM, ls="--", label="closed form, all")
+    axes.axhline(mses["the model"], color=MODEL, label="the model")
+    axes.set(
+        title="how many numbers a position needs",
+        xlabel="numbers k a position keeps",
+        ylabel="mean squared error",
+    )
     axes.legend()
     return canvas
