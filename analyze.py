@@ -517,6 +517,7 @@ def figure_loss(study: Study):
     log = study.log
     last = log["eval_mse"][-20:]
     mse = held_out_errors(study).mean()
+
     axes.semilogy(
         log["step"], log["loss"], color=GREY, label="training loss, mean since the row before"
     )
@@ -564,6 +565,7 @@ def alternation(pattern: Tensor) -> Alternation:
         variance = row.pow(2).sum(-1)
         shares.append(along**2 / (variance * size).clamp_min(1e-30))
         amplitudes.append((-1) ** n * along / size)
+
     share = torch.stack(shares).mean((0, 1))
     amplitude = torch.stack(amplitudes).mean((0, 1))
     return Alternation(share, amplitude)
@@ -1316,6 +1318,7 @@ def figure_lens_after_layer_0(study: Study):
         truth = study.population.a[i, 1:]
         dimension = moving_dimension(truth)
         shown = (slice(FIRST_POSITION, None), dimension)
+
         axes.plot(positions, truth[shown], color=TRUTH, marker="o", ms=4, label="true next vector")
         axes.plot(positions, after[i][shown], color=LAYERS[0], marker=".", label="after layer 0")
         axes.plot(
@@ -1595,6 +1598,7 @@ def measure(entry: Entry, study: Study) -> dict:
     found = entry.function(study)
     if not np.isfinite(np.array(plain(found.measured), dtype=float)).all():
         raise FloatingPointError("what it measures is not finite")
+
     return plain(
         {
             "claim": entry.text,

@@ -66,6 +66,7 @@ def draw_affine(draw: Callable, batch: int, length: int, d_vocab: int, c_range: 
     powers = c[:, None] ** torch.arange(length + 1, device=c.device)  # [batch, length + 1]
     sums = powers.cumsum(1) - powers
     a = powers[..., None] * a_0[:, None] + sums[..., None] * d[:, None]  # [batch, length + 1, d_vocab]
+
     a, scale = normalise(a, r)
     return Sample(a, c, d * scale[:, None])
 
@@ -141,8 +142,9 @@ def sample(
         raise ValueError(
             f"the length of {task} must be between {needed} and n_ctx = {N_CTX}, not {length}"
         )
+
     if min(batch, d_vocab) < 1:
-        raise ValueError("batch and d_vocab must be at least 1")
+        raise ValueError(f"batch and d_vocab must be at least 1, not {batch} and {d_vocab}")
 
     # The sum of the squares of a_length, about 1e5 c^(2 length), must not overflow.
     most = (torch.finfo(dtype).max / 1e6) ** (0.5 / length)
@@ -181,8 +183,10 @@ def mse(prediction: Tensor, target: Tensor, first: int = FIRST_POSITION) -> Tens
     project. Raises ValueError for other shapes.
     """
     if prediction.shape != target.shape or prediction.shape[-2] <= first:
-        shapes = f"{prediction.shape} and {target.shape}"
-        raise ValueError(f"prediction and target need one shape, > {first} positions, not {shapes}")
+        raise ValueError(
+            f"prediction and target need one shape, > {first} positions, "
+            f"not {prediction.shape} and {target.shape}"
+        )
     return F.mse_loss(prediction[..., first:, :], target[..., first:, :])
 
 

@@ -31,7 +31,7 @@ Names and shapes of parameters and hook points are TransformerLens':
 
 Vectors are rows and matrices act from the right: x @ W_E, as in the paper. Index letters in every einsum of
 the project: b batch, p position (q destination, k source, s one that is moved), h head, d d_model, e d_head,
-m d_mlp, v d_vocab; D, w a second d_model, d_vocab.
+m d_mlp, v d_vocab, r row or coordinate (beyond/); D, w, t a second d_model, d_vocab, position.
 """
 
 import contextlib

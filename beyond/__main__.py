@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import beyond.symmetry  # noqa: F401, in the order of the article: each enters its claims and figures
 import beyond.scalars  # noqa: F401
 import beyond.gain  # noqa: F401
-from analyze import HERE, MODEL, TRUTH, Study, grid, pick, run_command
+from analyze import HERE, MODEL, TRUTH, Study, grid, moving_dimension, pick, run_command
 from beyond.filter import FILTER, OURS, POSITIONS, errors, figure
 from beyond.symmetry import CLOSED_FORM, asymmetry_by_position, compared, shares
 from data import MAX_LENGTH
@@ -31,11 +31,12 @@ def figure_summary(study: Study):
     i = pick(study.test, -1.1)
     a = study.test.a[i]
     output = study.model(study.test.inputs[i : i + 1])[0]
-    two = a.std(0).topk(2).indices  # those that move most
-    truth = axes.plot(a[:, two], "o-", color=TRUTH, mfc="none")
-    predicted = axes.plot(range(3, MAX_LENGTH + 1), output[2:, two], "x", color=MODEL)
-    axes.set(title=f"two of the dimensions, c = {study.test.c[i]:.2f}", xlabel="n", ylabel="$a_n$")
-    axes.legend([truth[0], predicted[0]], ["the truth", "the model's prediction"], loc="upper left")
+    dimension = moving_dimension(a)
+    predicted = range(3, MAX_LENGTH + 1)
+    axes.plot(a[:, dimension], "o-", color=TRUTH, mfc="none", label="the truth")
+    axes.plot(predicted, output[2:, dimension], "x", color=MODEL, label="the model's prediction")
+    axes.set(title=f"one of the dimensions, c = {study.test.c[i]:.2f}", xlabel="n", ylabel="$a_n$")
+    axes.legend(loc="upper left")
 
     axes = panels[0, 1]
     mse, rest = asymmetry_by_position(study)

@@ -28,7 +28,7 @@ figure = OURS.figure
 
 
 def scaled(study: Study, count: int) -> int:
-    """`count` sequences, in a smaller study, that of an untrained model, as much fewer."""
+    """`count` sequences; of a smaller study, that of an untrained model, the same share, at least 2."""
     return max(2, count * study.size // analyze.POPULATION)
 
 
@@ -110,8 +110,8 @@ def errors(study: Study) -> Errors:
 
 
 def by_c(c: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranges of c, 0.25 wide: their middles, and the means over the sequences in each, of values [batch, ...]
-    and as [range, ...]."""
+    """The middles [range] of ranges of c, 0.25 wide, and the means [range, ...] of values [batch, ...] over
+    the sequences in each; empty ranges are left out."""
     ranges = c // 0.25
     found = ranges.unique()
 
@@ -148,6 +148,7 @@ def figure_errors(study: Study):
     }
     for label, (of_sequences, color) in styles.items():
         panels[0, 0].semilogy(POSITIONS, of_sequences.nanmean(0), ".-", color=color, label=label)
+        # The MSE of each sequence first, so that every length counts the same.
         c, by_range = by_c(squared.c, of_sequences.nanmean(1))
         panels[0, 1].semilogy(c, by_range, ".-", color=color, label=label)
     panels[0, 0].set(xlabel="position n, at which $a_{n+1}$ is predicted", ylabel="mean squared error")

@@ -17,12 +17,12 @@ from beyond.filter import by_c, claim, figure
 from beyond.symmetry import Directions, principal_directions
 from data import squared_errors
 
-FEW = 200  # test sequences
+TESTED = 200  # test sequences
 
 
 # ---------- The scale is what the layer does ----------
 class Arms(NamedTuple):
-    """MSE of test sequences, [FEW] each."""
+    """MSE of test sequences, [TESTED] each."""
 
     clean: Tensor
     ablated: Tensor  # a layer's heads at their mean
@@ -34,15 +34,15 @@ class Arms(NamedTuple):
 def arms(study: Study, layer: int) -> Arms:
     """Of mean-ablating the heads of a layer."""
     ablation = mean_ablation(study, heads=interventions.layer_heads(study.model, layer))
-    resid = study.clean[f"blocks.{layer}.hook_resid_pre"][:FEW]
+    resid = study.clean[f"blocks.{layer}.hook_resid_pre"][:TESTED]
     activations = {}
     record = interventions.record([SCALE], activations)
     study.model.run_from(layer, resid, interventions.join(ablation, record))
 
-    ablated = study.errors(layer, ablation, FEW)
-    clean_scale = study.errors(layer, ablation, FEW, scale=study.clean[SCALE])
-    scale_alone = study.errors(layer, {}, FEW, scale=activations[SCALE])
-    return Arms(study.baseline[:FEW], ablated, clean_scale, scale_alone)
+    ablated = study.errors(layer, ablation, TESTED)
+    clean_scale = study.errors(layer, ablation, TESTED, scale=study.clean[SCALE])
+    scale_alone = study.errors(layer, {}, TESTED, scale=activations[SCALE])
+    return Arms(study.baseline[:TESTED], ablated, clean_scale, scale_alone)
 
 
 def mended(arms: Arms) -> Tensor:
@@ -123,10 +123,10 @@ def figure_gain(study: Study):
     title = "Layer 1 is a gain control: what it does is one number a position, ln_final's scale"
     canvas, panels = grid(1, 2, 10.5, 4, title)
     axes = panels[0, 0]
-    target = study.test.targets[:FEW]
+    target = study.test.targets[:TESTED]
     power = squared_errors(0 * target, target)
-    of_sequences = torch.stack([power, *arms(study, 1)], 1)  # [FEW, 5]
-    x, by_range = by_c(study.test.c[:FEW].abs(), of_sequences)
+    of_sequences = torch.stack([power, *arms(study, 1)], 1)  # [TESTED, 5]
+    x, by_range = by_c(study.test.c[:TESTED].abs(), of_sequences)
     shares = by_range[:, 1:] / by_range[:, :1]
     clean, ablated, clean_scale, alone = shares.T
     blue = LAYERS[1]

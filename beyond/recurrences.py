@@ -161,6 +161,7 @@ def draw_runs(by_run: dict[str, dict]) -> Figure:
         )
         axes.set_title(name, parse_math=False)
         axes.set(xlabel="position", ylim=(0.05, 2))
+
     panels[0, 0].set_ylabel("MSE / MSE of predicting 0")
     panels[0, 0].legend()
     return canvas

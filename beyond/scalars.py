@@ -87,8 +87,8 @@ def mlp_slopes(study: Study) -> Tensor:
 
 def data_steps(taken: dict, kappa: Tensor, slopes: Tensor) -> dict:
     """What is held after every step, {step: [batch, dest, src]}: the factor of a_s at position n, when each
-    head moves data by its kappa and each MLP multiplies it, with the patterns and scales `taken`.
-    """
+    head moves data by its kappa and each MLP adds its slope times what it reads, with the patterns and scales
+    `taken`."""
     steps = {}
     for l in range(len(kappa)):
         pattern = taken[f"blocks.{l}.attn.hook_pattern"]  # [batch, n_heads, dest, src]
@@ -247,8 +247,8 @@ def put_in(study: Study) -> dict[str, list]:
         clean = data.mse(taken["output"], sample.targets)
         for l, kappa in enumerate(traces(study)):
             order = torch.randperm(len(kappa), generator=generator)
-            numbers = {"": kappa, ", 0": 0 * kappa, ", shuffled": kappa[order]}
-            for suffix, changed in numbers.items():
+            variants = {"": kappa, ", 0": 0 * kappa, ", shuffled": kappa[order]}
+            for suffix, changed in variants.items():
                 arms = {f"layer {l}'s heads": put_scalars(study, l, changed)}
                 if l == 0:
                     arms["layer 0 as a whole"] = put_layer_0(study, x, taken, changed)
@@ -270,7 +270,7 @@ def claim_put_in(study: Study) -> Finding:
     layer_1 = by_arm["layer 1's heads"]
     layer_2 = by_arm["layer 2's heads"]
     layer_2_at_0 = by_arm["layer 2's heads, 0"]
-    later_do_not_mind = max(layer_1 + layer_2) <= 1.05
+    later_do_not_mind = max(*layer_1, *layer_2) <= 1.05
     layer_2_is_needed = min(layer_2_at_0) >= 5
     first_does_not_mind = max(layer_0) <= 2
     part = later_do_not_mind and layer_2_is_needed
@@ -305,7 +305,7 @@ def figure_left_of_the_output(study: Study):
         xscale="log",
         xlim=(0.8 * least, 1.25 * most),
         xlabel="share of the output that is left",
-        title="further left is nearer to the model; an arrow is off the axis",
+        title="further left is nearer to the model, an arrow off the axis; closed form: of fewer sequences",
     )
     axes.set_yticks(range(len(KINDS)), KINDS)
     axes.invert_yaxis()
@@ -325,7 +325,7 @@ def figure_scalars(study: Study):
     for l in study.layers:
         axes.bar(bars + l * (len(bars) + 1), numbers[l], color=LAYERS[l % 3], label=f"layer {l}")
     axes.axhline(0, color=GREY, lw=0.8)
-    axes.set_yscale("symlog", linthresh=0.2)  # a slope is much larger than any kappa
+    axes.set_yscale("symlog", linthresh=0.2)  # MLP 0's slope is much larger than any kappa
     axes.set(
         title="$\\kappa$ of each head, slope of the MLP",
         xticks=[],

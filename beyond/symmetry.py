@@ -30,7 +30,7 @@ SEQUENCES = 400  # of each length, on which rotations are averaged
 ROTATIONS = 32  # on which queries and keys are averaged
 FOR_VARIANCE = 16  # of them, for the asymmetry
 PER_LENGTH = 60  # sequences for the asymmetry by position
-PER_SEQUENCE = 8  # rotations of each: more sequences tell more than more rotations
+BY_POSITION = 8  # rotations for it: more sequences tell more than more rotations
 SAMPLED = 100  # rotations that stand for all, beside the closed form
 RECURRENCES = 48  # for the closed form
 FOR_CLOSED_FORM = 24  # sequences of another kind
@@ -91,12 +91,13 @@ def turned(study: Study, length: int) -> Turned:
 
 @kept
 def asymmetry_by_position(study: Study) -> tuple[Tensor, Tensor]:
-    """MSE at the positions 2 .. 13 over sequences of all lengths, and what of it is no asymmetry."""
+    """MSE of f(x Q) Q^T at the positions 2 .. 13, mean over rotations Q and sequences of all lengths, and the
+    same less its variance over Q."""
     generator = study.generator("rotations by position")
     by_length = []
     for length in range(MIN_LENGTH, MAX_LENGTH + 1):
         sample = study.sample(scaled(study, PER_LENGTH), generator, length)
-        rotations = random_rotations(PER_SEQUENCE, study.model.config.d_vocab, generator)
+        rotations = random_rotations(BY_POSITION, study.model.config.d_vocab, generator)
         outputs, _ = rotated(study.model, sample.inputs, rotations)
         # The mean over rotations of the error has nearly the model's expectation and varies less.
         error = (outputs - sample.targets).pow(2).mean((0, 1, 3))  # [pos]
@@ -123,12 +124,12 @@ def claim_rotations(study: Study) -> Finding:
     useful = (mse <= zero / 100).all()
     third = asymmetry.min() >= 1 / 3
     fifth = asymmetry.min() >= 1 / 5
-    by_position, rest_by_position = asymmetry_by_position(study)
+    mse_by_position, rest_by_position = asymmetry_by_position(study)
     values = {
         "MSE of the model": mse,
         "MSE of predicting 0": zero,
         "MSE less asymmetry": mse - variance,
-        "MSE by position, 2 to 13": by_position,
+        "MSE by position, 2 to 13": mse_by_position,
         "MSE less asymmetry by position": rest_by_position,
     }
     return Finding(asymmetry, verdict(useful and third, useful and fifth), values)
@@ -169,15 +170,15 @@ def layer_norm(stream: Tensor, eps: float) -> Tensor:
     return stream / (mean_square + eps).sqrt()
 
 
-def attend(attn: Attention, rows: Tensor, at: Hooks) -> Tensor:
-    """What a layer's heads write, [pos, rows, d_model]. Inner products are sums over all rows; a bias touches
-    the last one alone."""
+def attend(attn: Attention, stream: Tensor, at: Hooks) -> Tensor:
+    """What a layer's heads write, having read the normalised stream, both [pos, rows, d_model]. Inner
+    products are sums over all rows; a bias touches the last one alone."""
 
     def read(W, b):
-        of_rows = rows.flatten(0, 1) @ W  # [n_heads, pos * rows, d_head]
-        of_rows = of_rows.unflatten(1, rows.shape[:2])  # [n_heads, pos, rows, d_head]
-        of_rows[:, :, -1] += b[:, None]
-        return of_rows
+        each_row = stream.flatten(0, 1) @ W  # [n_heads, pos * rows, d_head]
+        each_row = each_row.unflatten(1, stream.shape[:2])  # [n_heads, pos, rows, d_head]
+        each_row[:, :, -1] += b[:, None]
+        return each_row
 
     q = read(attn.W_Q, attn.b_Q)
     k = read(attn.W_K, attn.b_K)
@@ -197,27 +198,28 @@ def attend(attn: Attention, rows: Tensor, at: Hooks) -> Tensor:
     return written
 
 
-def mlp_write(mlp, act_fn: str, rows: Tensor) -> Tensor:
-    """What an MLP writes, [pos, rows, d_model].
+def mlp_write(mlp, act_fn: str, stream: Tensor) -> Tensor:
+    """What an MLP writes, having read the normalised stream, both [pos, rows, d_model].
 
     A neuron reads X = mu + sum_i read_i g_i with g_i nearly independent N(0, 1), that is mu + s z with s^2 =
     sum_i read_i^2. Its mean goes into t. What it passes on of g_i is E[f(X) g_i] = read_i E[f'(X)] (Stein's
     lemma), what it reads of it times the same mean slope for every row."""
-    A = rows[:, :-1]
-    # All of this depends on A^T A alone: of A = Q R, R will do, where it has fewer rows.
+    A = stream[:, :-1]
+    t = stream[:, -1]
+    # s depends on A^T A alone, and what is passed on is linear in the rows: of A = basis @ few, few will do.
     many = A.shape[1] > A.shape[2]
     if many:
-        Q, A = torch.linalg.qr(A)
+        basis, A = torch.linalg.qr(A)
     read = A @ mlp.W_in  # [pos, rows, d_mlp]
-    mu = rows[:, -1] @ mlp.W_in + mlp.b_in  # [pos, d_mlp]
+    mu = t @ mlp.W_in + mlp.b_in  # [pos, d_mlp]
     s = read.pow(2).sum(1).sqrt()  # [pos, d_mlp]
     mean, slope = moments(act_fn, mu, s)
 
     passed_on = read.mul_(slope[:, None]) @ mlp.W_out  # [pos, rows, d_model]
     if many:
-        passed_on = Q @ passed_on
-    t = mean @ mlp.W_out + mlp.b_out  # [pos, d_model]
-    return torch.cat([passed_on, t[:, None]], 1)
+        passed_on = basis @ passed_on
+    into_t = mean @ mlp.W_out + mlp.b_out  # [pos, d_model]
+    return torch.cat([passed_on, into_t[:, None]], 1)
 
 
 @torch.no_grad()
@@ -400,9 +402,9 @@ def mse_of_maps(study: Study, with_t: float) -> Tensor:
     predictions = []
     for x, activations in zip(recurrences.sequences.x, recurrences.activations):
         _, e = coordinates(x)
-        of_A = e.flatten() * x.shape[-1] ** 0.5  # e[r, v] for row r * d_vocab + v, which is over the root
-        of_rows = F.pad(of_A, (0, 1), value=with_t)
-        predictions.append(of_rows @ activations["ln_final.hook_normalized"] @ study.model.unembed.W_U)
+        # e[r, v] for row r * d_vocab + v, which is over the root.
+        weights = F.pad(e.flatten() * x.shape[-1] ** 0.5, (0, 1), value=with_t)  # [rows]
+        predictions.append(weights @ activations["ln_final.hook_normalized"] @ study.model.unembed.W_U)
     predicted = torch.stack(predictions) + with_t * study.model.unembed.b_U
     return data.mse(predicted, recurrences.sequences.truth)
 
@@ -463,14 +465,15 @@ def claim_mean_field(study: Study) -> Finding:
 # ---------- Where vectors are compared ----------
 def score_variances(study: Study) -> Tensor:
     """Variance over sequences, in the mean field of recurrences, of the numbers' and of the vectors' part of
-    the scores, less their mean over the sources of a row, which a softmax does not see: [2, layer]."""
-    sequences = compared(study, "recurrences").activations
+    the scores before the division by sqrt(d_head), less their mean over the sources of a row, which a softmax
+    does not see: [2, layer]."""
+    by_sequence = compared(study, "recurrences").activations
     # nan in the future, which nanmean leaves out.
     future = torch.full((MAX_LENGTH, MAX_LENGTH), torch.nan).triu(1)
     variances = []
     for l in study.layers:
         name = f"blocks.{l}.attn.hook_attn_scores"
-        parts = torch.stack([sequence[name] for sequence in sequences])  # [batch, 2, n_heads, dest, src]
+        parts = torch.stack([seen[name] for seen in by_sequence])  # [batch, 2, n_heads, dest, src]
         parts = parts + future
         centred = parts - parts.nanmean(-1, keepdim=True)
         variances.append(centred.var(0).nanmean((1, 2, 3)))
@@ -524,7 +527,7 @@ def principal_directions(vectors: Tensor) -> Directions:
     """Of vectors [batch, pos, d_model], less their mean at each position, all positions together."""
     mean = vectors.mean(0)
     varying = (vectors - mean).flatten(0, 1).double()
-    _, directions = torch.linalg.eigh(varying.T @ varying)  # as columns, the last one first
+    _, directions = torch.linalg.eigh(varying.T @ varying)  # in columns, by growing variance
     return Directions(mean, directions.T.flip(0).to(mean))
 
 
@@ -546,8 +549,9 @@ def number_directions(study: Study) -> dict[str, Directions]:
 
 
 def restrict(stream: Tensor, mean: Tensor, directions: Tensor) -> Tensor:
-    """A hook of `closed_form` once mean [pos, d_model] and directions [count, d_model] are given: of t, the
-    last row of stream [pos, rows, d_model], only what they say is left. It writes into the stream."""
+    """A hook of `closed_form`, once the others are given: t, the last row of stream [pos, rows, d_model],
+    keeps its mean [pos, d_model] and its part along directions [count, d_model]. It writes into the stream.
+    """
     varying = stream[:, -1] - mean
     stream[:, -1] = mean + varying @ directions.T @ directions
     return stream
@@ -563,13 +567,17 @@ def keep_numbers(study: Study, count: int) -> dict:
 
 @kept
 def restricted_mses(study: Study) -> dict:
-    """MSE on the same recurrences of the closed form, by how many numbers a position keeps, or "all", of "the
-    model" and of predicting "0"."""
+    """MSE on the same recurrences of the closed form, by how many numbers a position keeps, a count or "all
+    numbers", of "the model" and of "predicting 0"."""
     recurrences = compared(study, "recurrences")
     sequences = recurrences.sequences
     x = sequences.x[:RESTRICTED]
     truth = sequences.truth[:RESTRICTED]
-    predictions = {"all": recurrences.prediction, "the model": sequences.output, "0": 0 * truth}
+    predictions = {
+        "all numbers": recurrences.prediction,
+        "the model": sequences.output,
+        "predicting 0": 0 * truth,
+    }
     for count in DIRECTIONS:
         predictions[count] = closed_forms(study.model, x, keep_numbers(study, count))
     return {name: data.mse(p[:RESTRICTED], truth) for name, p in predictions.items()}
@@ -583,9 +591,9 @@ def claim_numbers(study: Study) -> Finding:
     with 8 at most the model's own, and with 1 at least 3 times the unrestricted. Measured: the MSE with 8
     over the unrestricted."""
     mses = restricted_mses(study)
-    unrestricted = mses["all"]
+    unrestricted = mses["all numbers"]
 
-    useful = unrestricted <= mses["0"] / 100
+    useful = unrestricted <= mses["predicting 0"] / 100
     eight_suffice = mses[8] <= 1.5 * unrestricted
     one_does_not = mses[1] >= 3 * unrestricted
     full = useful and eight_suffice and one_does_not
@@ -595,7 +603,7 @@ def claim_numbers(study: Study) -> Finding:
         "MSE with k numbers": [mses[count] for count in DIRECTIONS],
         "MSE unrestricted": unrestricted,
         "MSE of the model": mses["the model"],
-        "MSE of predicting 0": mses["0"],
+        "MSE of predicting 0": mses["predicting 0"],
     }
     return Finding(mses[8] / unrestricted, verdict(full, part), values)
 
@@ -612,8 +620,9 @@ def figure_rotations(study: Study):
         averages = [answers.outputs[:count].mean(0) for count in counts]
         times = [data.mse(average, answers.target) / answers.mse for average in averages]
         axes.plot(counts, times, marker=marker, ms=4, color=MODEL, label=f"{length} inputs")
-    (_, truth, output, _), closed_form, _ = compared(study, "recurrences")
-    times = data.mse(closed_form, truth) / data.mse(output, truth)
+    recurrences = compared(study, "recurrences")
+    truth = recurrences.sequences.truth
+    times = data.mse(recurrences.prediction, truth) / data.mse(recurrences.sequences.output, truth)
     label = "closed form, other sequences of 14 inputs"
     axes.axhline(times, color=CLOSED_FORM, ls="--", label=label)
     axes.set(
@@ -626,6 +635,7 @@ def figure_rotations(study: Study):
 
     axes = panels[0, 1]
     mse, rest = asymmetry_by_position(study)
+    # Behind the rest: what is seen of it is the asymmetry.
     axes.bar(POSITIONS, mse, color=MODEL, label="asymmetry")
     axes.bar(POSITIONS, rest, color=CLOSED_FORM, label="the rest")
     axes.set(
@@ -659,9 +669,9 @@ def figure_angles(study: Study):
     axes.set(
         title="what attention scores consist of",
         yscale="log",
-        ylim=(None, 1e4),
+        ylim=(None, 1e4),  # room for the legend
         ylabel="variance over sequences",
-    )  # for the legend
+    )
     axes.set_xticks(layers, [f"layer {l}" for l in layers])
     axes.legend()
 
@@ -669,7 +679,7 @@ def figure_angles(study: Study):
     mses = restricted_mses(study)
     with_k = [mses[count] for count in DIRECTIONS]
     axes.semilogy(DIRECTIONS, with_k, "o-", color=CLOSED_FORM, label="closed form, k numbers")
-    axes.axhline(mses["all"], color=CLOSED_FORM, ls="--", label="closed form, all")
+    axes.axhline(mses["all numbers"], color=CLOSED_FORM, ls="--", label="closed form, all")
     axes.axhline(mses["the model"], color=MODEL, label="the model")
     axes.set(
         title="how many numbers a position needs",
