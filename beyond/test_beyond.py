@@ -172,8 +172,9 @@ class ClosedForm(TestCase):
             self.assertClose(e @ e.T, torch.eye(dimensions), 1e-5)
 
     def test_of_an_untrained_model_it_explains_nothing(self):
-        sequences, prediction, _ = symmetry.compared(shipped().untrained, "recurrences")
-        self.assertLess(data.explained(prediction, sequences.output), 0.1)
+        untrained = symmetry.compared(shipped().untrained, "recurrences")
+        explained = data.explained(untrained.prediction, untrained.sequences.output)
+        self.assertLess(explained, 0.1)
 
     def test_the_claim_fails_for_predictors_that_know_less(self):
         self.assertEqual(symmetry.claim_mean_field(shipped()).verdict, "reproduced")
@@ -258,9 +259,9 @@ class Symmetry(TestCase):
             last = symmetry.restricted_mses.__wrapped__(shipped())
             judged = verdict_of(symmetry.claim_numbers, restricted_mses=lambda study: last)
         self.assertEqual(judged, "not reproduced")
-        keep_two = symmetry.keep_numbers(shipped(), 2)["blocks.0.hook_resid_mid"]
-        # Differences of t at one position: two sequences, the same mean.
-        t = keep_two(torch.randn(14, 3, 128))[:, -1] - keep_two(torch.zeros(14, 3, 128))[:, -1]
+        # At the last of these points.
+        keep_two = symmetry.keep_numbers(shipped(), 2)[name]
+        t = keep_two(torch.randn(14, 3, 128))[:, -1] - point.mean
         self.assertEqual(torch.linalg.matrix_rank(t, rtol=1e-4), 2)
         # All of them: nothing is restricted.
         with mock.patch.object(symmetry, "DIRECTIONS", (128,)):
@@ -364,8 +365,8 @@ class Recurrences(TestCase):
         for name, task in data.TASKS.items():
             for length in (task.first + 1, 14):
                 sample = data.sample(200, length, seeded(), task=name, dtype=torch.float64)
-                solved = task.solve(sample.inputs)
-                self.assertClose(solved, sample.targets[:, task.first :], 1e-9)
+                target = sample.targets[:, task.first :]
+                self.assertClose(task.solve(sample.inputs), target, 1e-9)
 
     def test_sequences_obey_their_recurrence(self):
         for K in (2, 3):
@@ -448,9 +449,9 @@ class Seeds(TestCase):
 
 class Committed(TestCase):
     def test_committed_results_are_those_of_the_shipped_weights(self):
-        results = committed(HERE, "mechanism.json")
+        meta = committed(HERE, "mechanism.json")["meta"]
         sha256 = model.load_weights(os.path.join(SHIPPED, "weights.pt")).sha256
-        self.assertEqual(results["meta"]["sha256"], sha256)
+        self.assertEqual(meta["sha256"], sha256)
 
     def test_all_committed_runs_were_measured_by_the_rules_of_today(self):
         runs = committed(HERE, "seeds.json")["runs"]
