@@ -185,7 +185,7 @@ def attend(attn: Attention, stream: Tensor, at: Hooks) -> Tensor:
     v = read(attn.W_V, attn.b_V)
 
     # Scores have two parts: what t says, numbers, and inner products of vectors.
-    numbers = q[:, :, -1] @ k[:, :, -1].mT
+    numbers = q[:, :, -1] @ k[:, :, -1].mT  # [n_heads, dest, src]
     vectors = q[:, :, :-1].flatten(2) @ k[:, :, :-1].flatten(2).mT
     parts = at(f"{attn.name}.hook_attn_scores", torch.stack([numbers, vectors]))  # [2, head, dest, src]
     scores = parts.sum(0) / attn.d_head**0.5
@@ -215,7 +215,9 @@ def mlp_write(mlp, act_fn: str, stream: Tensor) -> Tensor:
     s = read.pow(2).sum(1).sqrt()  # [pos, d_mlp]
     mean, slope = moments(act_fn, mu, s)
 
-    passed_on = read.mul_(slope[:, None]) @ mlp.W_out  # [pos, rows, d_model]
+    # In place, since it is the largest tensor here.
+    read *= slope[:, None]
+    passed_on = read @ mlp.W_out  # [pos, rows, d_model]
     if many:
         passed_on = basis @ passed_on
     into_t = mean @ mlp.W_out + mlp.b_out  # [pos, d_model]
