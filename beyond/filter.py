@@ -113,10 +113,10 @@ def by_c(c: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """The middles [range] of ranges of c, 0.25 wide, and the means [range, ...] of values [batch, ...] over
     the sequences in each; empty ranges are left out."""
     ranges = c // 0.25
-    found = ranges.unique()
+    not_empty = ranges.unique()
 
-    means = torch.stack([values[ranges == i].mean(0) for i in found])
-    return 0.25 * found + 0.125, means
+    means = torch.stack([values[ranges == i].mean(0) for i in not_empty])
+    return 0.25 * not_empty + 0.125, means
 
 
 @claim("early the model beats the best fixed filter, late the filter beats the model", None, 20)

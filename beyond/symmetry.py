@@ -115,10 +115,10 @@ def claim_rotations(study: Study) -> Finding:
     positions from 2 on and dimensions, as a share of the model's MSE. The MSE is at most a hundredth of that
     of predicting 0, and the asymmetry at least a third of it with 4, 8 and 14 inputs; partly a fifth.
     Measured: the asymmetry at these lengths."""
-    answers = [turned(study, length) for length in LENGTHS]
-    mse = torch.stack([of_length.mse for of_length in answers])
-    zero = torch.stack([data.mse(0 * of_length.target, of_length.target) for of_length in answers])
-    variance = torch.stack([of_length.outputs.var(0)[:, FIRST_POSITION:].mean() for of_length in answers])
+    by_length = [turned(study, length) for length in LENGTHS]
+    mse = torch.stack([answers.mse for answers in by_length])
+    zero = torch.stack([data.mse(0 * answers.target, answers.target) for answers in by_length])
+    variance = torch.stack([answers.outputs.var(0)[:, FIRST_POSITION:].mean() for answers in by_length])
     asymmetry = variance / mse
 
     useful = (mse <= zero / 100).all()
@@ -364,16 +364,17 @@ class Compared(NamedTuple):
 def compared(study: Study, kind: str) -> Compared:
     counts = {"recurrences": RECURRENCES, "noise 0.1": FOR_NOISE, "white noise": FOR_NOISE}
     count = scaled(study, counts.get(kind, FOR_CLOSED_FORM))
-    x, truth, output, first = kinds(study)[kind]
+    of_kind = kinds(study)[kind]
+    x = of_kind.x[:count]
     names = [f"blocks.{l}.attn.hook_attn_scores" for l in study.layers]
     names.append("ln_final.hook_normalized")
 
     predictions = []
     activations = []
-    for sequence in x[:count]:
+    for sequence in x:
         activations.append({})
         predictions.append(closed_form(study.model, sequence, record(names, activations[-1])))
-    sequences = Sequences(x[:count], truth[:count], output[:count], first)
+    sequences = Sequences(x, of_kind.truth[:count], of_kind.output[:count], of_kind.first)
     return Compared(sequences, torch.stack(predictions), activations)
 
 
@@ -404,7 +405,7 @@ def mse_of_maps(study: Study, with_t: float) -> Tensor:
     predictions = []
     for x, activations in zip(recurrences.sequences.x, recurrences.activations):
         _, e = coordinates(x)
-        # e[r, v] for row r * d_vocab + v, which is over the root.
+        # Row r * d_vocab + v, which is over the root, counts e[r, v] times.
         weights = F.pad(e.flatten() * x.shape[-1] ** 0.5, (0, 1), value=with_t)  # [rows]
         predictions.append(weights @ activations["ln_final.hook_normalized"] @ study.model.unembed.W_U)
     predicted = torch.stack(predictions) + with_t * study.model.unembed.b_U
@@ -567,22 +568,29 @@ def keep_numbers(study: Study, count: int) -> dict:
     return hooks
 
 
+class Restricted(NamedTuple):
+    """MSEs on the same recurrences."""
+
+    by_count: dict  # of the closed form, by how many numbers a position keeps
+    closed_form: Tensor  # with all of them
+    model: Tensor
+    zero: Tensor  # of predicting 0
+
+
 @kept
-def restricted_mses(study: Study) -> dict:
-    """MSE on the same recurrences of the closed form, by how many numbers a position keeps, a count or "all
-    numbers", of "the model" and of "predicting 0"."""
+def restricted_mses(study: Study) -> Restricted:
     recurrences = compared(study, "recurrences")
     sequences = recurrences.sequences
     x = sequences.x[:RESTRICTED]
     truth = sequences.truth[:RESTRICTED]
-    predictions = {
-        "all numbers": recurrences.prediction,
-        "the model": sequences.output,
-        "predicting 0": 0 * truth,
-    }
+
+    def mse(prediction):
+        return data.mse(prediction[:RESTRICTED], truth)
+
+    by_count = {}
     for count in DIRECTIONS:
-        predictions[count] = closed_forms(study.model, x, keep_numbers(study, count))
-    return {name: data.mse(p[:RESTRICTED], truth) for name, p in predictions.items()}
+        by_count[count] = mse(closed_forms(study.model, x, keep_numbers(study, count)))
+    return Restricted(by_count, mse(recurrences.prediction), mse(sequences.output), mse(0 * truth))
 
 
 @claim("beside multiples of the vectors a position holds eight numbers", None, 23)
@@ -593,21 +601,22 @@ def claim_numbers(study: Study) -> Finding:
     with 8 at most the model's own, and with 1 at least 3 times the unrestricted. Measured: the MSE with 8
     over the unrestricted."""
     mses = restricted_mses(study)
-    unrestricted = mses["all numbers"]
+    with_one = mses.by_count[1]
+    with_eight = mses.by_count[8]
 
-    useful = unrestricted <= mses["predicting 0"] / 100
-    eight_suffice = mses[8] <= 1.5 * unrestricted
-    one_does_not = mses[1] >= 3 * unrestricted
+    useful = mses.closed_form <= mses.zero / 100
+    eight_suffice = with_eight <= 1.5 * mses.closed_form
+    one_does_not = with_one >= 3 * mses.closed_form
     full = useful and eight_suffice and one_does_not
-    part = mses[8] <= mses["the model"] and one_does_not
+    part = with_eight <= mses.model and one_does_not
     values = {
         "k": DIRECTIONS,
-        "MSE with k numbers": [mses[count] for count in DIRECTIONS],
-        "MSE unrestricted": unrestricted,
-        "MSE of the model": mses["the model"],
-        "MSE of predicting 0": mses["predicting 0"],
+        "MSE with k numbers": list(mses.by_count.values()),
+        "MSE unrestricted": mses.closed_form,
+        "MSE of the model": mses.model,
+        "MSE of predicting 0": mses.zero,
     }
-    return Finding(mses[8] / unrestricted, verdict(full, part), values)
+    return Finding(with_eight / mses.closed_form, verdict(full, part), values)
 
 
 # ---------- Figures ----------
@@ -679,10 +688,10 @@ def figure_angles(study: Study):
 
     axes = panels[0, 2]
     mses = restricted_mses(study)
-    with_k = [mses[count] for count in DIRECTIONS]
+    with_k = list(mses.by_count.values())
     axes.semilogy(DIRECTIONS, with_k, "o-", color=CLOSED_FORM, label="closed form, k numbers")
-    axes.axhline(mses["all numbers"], color=CLOSED_FORM, ls="--", label="closed form, all")
-    axes.axhline(mses["the model"], color=MODEL, label="the model")
+    axes.axhline(mses.closed_form, color=CLOSED_FORM, ls="--", label="closed form, all")
+    axes.axhline(mses.model, color=MODEL, label="the model")
     axes.set(
         title="how many numbers a position needs",
         xlabel="numbers k a position keeps",

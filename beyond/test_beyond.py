@@ -110,13 +110,14 @@ class Filter(TestCase):
     def test_a_fitted_filter_finds_a_filter_from_the_other_half_alone(self):
         x = torch.randn(20, 6, 40, generator=seeded())
         output = torch.randn(6, 6, generator=seeded(1)).tril() @ x
+        self.assertClose(filter.fitted_filter(x, output), output, 1e-4)
         halved = torch.cat([0 * output[:10], output[10:]])
         found = filter.fitted_filter(x, halved)
         self.assertClose(found, torch.cat([output[:10], 0 * output[10:]]), 1e-4)
 
     def test_errors_start_where_the_next_vector_is_determined_and_end_with_the_sequence(self):
-        missing = filter.errors(shipped()).model.isnan().sum(0)
-        self.assertClose(missing, torch.arange(0, 360, 30), 1)  # 30 of each length
+        # 30 of each length.
+        self.assertClose(filter.errors(shipped()).model.isnan().sum(0), torch.arange(0, 360, 30), 1)
 
     def test_the_claim_needs_a_model_that_leads_early_and_trails_late(self):
         for early, late, expected in (
@@ -173,8 +174,7 @@ class ClosedForm(TestCase):
 
     def test_of_an_untrained_model_it_explains_nothing(self):
         untrained = symmetry.compared(shipped().untrained, "recurrences")
-        explained = data.explained(untrained.prediction, untrained.sequences.output)
-        self.assertLess(explained, 0.1)
+        self.assertLess(data.explained(untrained.prediction, untrained.sequences.output), 0.1)
 
     def test_the_claim_fails_for_predictors_that_know_less(self):
         self.assertEqual(symmetry.claim_mean_field(shipped()).verdict, "reproduced")
@@ -266,7 +266,7 @@ class Symmetry(TestCase):
         # All of them: nothing is restricted.
         with mock.patch.object(symmetry, "DIRECTIONS", (128,)):
             mses = symmetry.restricted_mses.__wrapped__(shipped())
-        self.assertClose(mses[128] / mses["all numbers"], 1, 1e-3)
+        self.assertClose(mses.by_count[128] / mses.closed_form, 1, 1e-3)
 
     def test_kinds_are_what_their_names_say(self):
         for kind, sequences in symmetry.kinds(shipped()).items():
@@ -365,8 +365,7 @@ class Recurrences(TestCase):
         for name, task in data.TASKS.items():
             for length in (task.first + 1, 14):
                 sample = data.sample(200, length, seeded(), task=name, dtype=torch.float64)
-                target = sample.targets[:, task.first :]
-                self.assertClose(task.solve(sample.inputs), target, 1e-9)
+                self.assertClose(task.solve(sample.inputs), sample.targets[:, task.first :], 1e-9)
 
     def test_sequences_obey_their_recurrence(self):
         for K in (2, 3):
