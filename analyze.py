@@ -1709,7 +1709,7 @@ def run_command(catalogue: Catalogue, doc: str, name: str, default_out: str):
         out = os.path.join(out, f"step_{step}")
     torch.set_num_threads(1)  # with two, programs that share two cores slow one another ten times
     # Once nearly 32 MB have been freed, glibc keeps memory for the next pass, instead of asking the system
-    # for new pages at each step: a tenth of the time.
+    # for new pages at each step: a few percent of the time.
     torch.empty(8_000_000)
     try:
         analyse(catalogue, open_study(run, step), given.get("out", out), wanted, name)
