@@ -203,9 +203,12 @@ class Study:
 
     def record(self, x: Tensor, *names: str) -> dict[str, Tensor]:
         """Activations on inputs x; the output is under "output"."""
-        activations: dict[str, Tensor] = {}
-        output = self.model(x, hooks=interventions.record(names, activations))
-        return activations | {"output": output}
+        parts = []
+        for part in x.split(CHUNK):
+            activations = {}
+            activations["output"] = self.model(part, hooks=interventions.record(names, activations))
+            parts.append(activations)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     @property
     @kept
@@ -245,8 +248,7 @@ class Study:
         `layer`; `scale` [size, pos, 1] takes the place of ln_final's."""
         resid = self.clean[f"blocks.{layer}.hook_resid_pre"][:count]
         errors = []
-        for start in range(0, len(resid), CHUNK):
-            part = slice(start, min(start + CHUNK, len(resid)))
+        for part in torch.arange(len(resid)).split(CHUNK):
             part_hooks = hooks
             if scale is not None:
                 part_hooks = interventions.join(hooks, interventions.hold({SCALE: scale[part]}))
@@ -475,10 +477,10 @@ def figure_sequences(study: Study):
 def held_out_errors(study: Study) -> Tensor:
     """MSE of each sequence of an evaluation set, the lengths 3 .. 14 equally often, [per_length, lengths]."""
     seed = study.generator("held out").initial_seed()
-    per_length = max(1, HELD_OUT_PER_LENGTH * study.size // POPULATION)
+    per_length = HELD_OUT_PER_LENGTH * study.size // POPULATION
     errors = []
     for sample in data.held_out(per_length, seed, d_vocab=study.model.config.d_vocab):
-        output = torch.cat([study.model(x) for x in sample.inputs.split(CHUNK)])
+        output = study.record(sample.inputs)["output"]
         errors.append(squared_errors(output, sample.targets))
     return torch.stack(errors, 1)
 

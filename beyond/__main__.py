@@ -30,7 +30,7 @@ def figure_summary(study: Study):
     axes = panels[0, 0]
     i = pick(study.test, -1.1)
     a = study.test.a[i]
-    output = study.model(study.test.inputs[i : i + 1])[0]
+    output = study.clean["output"][i]
     dimension = moving_dimension(a)
     predicted = range(3, MAX_LENGTH + 1)
     axes.plot(a[:, dimension], "o-", color=TRUTH, mfc="none", label="the truth")

@@ -100,7 +100,7 @@ def errors(study: Study) -> Errors:
     squared = []
     c = []
     for sample in data.held_out(scaled(study, TESTED), seed, d_vocab=study.model.config.d_vocab):
-        predictions = torch.stack([study.model(sample.inputs), filtered(sample.inputs)])
+        predictions = torch.stack([study.record(sample.inputs)["output"], filtered(sample.inputs)])
         of_length = (predictions - sample.targets).pow(2).mean(-1)  # [2, batch, pos]
         squared.append(F.pad(of_length, (0, MAX_LENGTH - of_length.shape[-1]), value=torch.nan))
         c.append(sample.c)

@@ -99,7 +99,7 @@ def asymmetry(model: Transformer, task: str, length: int, generator: torch.Gener
     first = data.find_task(task).first
     sample = data.sample(TESTED, length, generator, model.config.d_vocab, task=task)
     rotations = random_rotations(ROTATIONS, model.config.d_vocab, generator)
-    outputs, _ = rotated(model, sample.inputs, rotations)
+    outputs = rotated(model, sample.inputs, rotations)
     variance = outputs.var(0)[:, first:].mean()
     return variance / data.mse(model(sample.inputs), sample.targets, first)
 

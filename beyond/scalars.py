@@ -6,6 +6,8 @@ Between data coordinates (model.data_ov_circuit) every head is nearly a multiple
 and every MLP one for its slope; take attention patterns and LayerNorm scales from the model.
 """
 
+import collections
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -219,19 +221,16 @@ def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict:
     return join(keep, {f"blocks.{layer}.hook_attn_out": heads})
 
 
-def put_layer_0(study: Study, x: Tensor, taken: dict, kappa: Tensor) -> dict:
-    """A hook that leaves after layer 0, in what W_U reads, the data of kappa [n_heads] and MLP 0's slope, on
+def put_layer_0(study: Study, x: Tensor, taken: dict, kappa: Tensor) -> Tensor:
+    """The stream after layer 0, in which what W_U reads are the data of kappa [n_heads] and MLP 0's slope, on
     inputs x with the patterns and scales `taken`."""
     W_U = study.model.unembed.W_U
     steps = data_steps(taken, kappa[None], mlp_slopes(study)[:1])
     held = steps["after MLP 0"] @ x
-
-    def replace(resid):
-        off = held - resid @ W_U
-        off = off - off.mean(0)  # the mean over sequences is position, not data
-        return resid + off @ pinv(W_U)
-
-    return {"blocks.0.hook_resid_post": replace}
+    resid = taken["blocks.1.hook_resid_pre"]
+    off = held - resid @ W_U
+    off = off - off.mean(0)  # the mean over sequences is position, not data
+    return resid + off @ pinv(W_U)
 
 
 @kept
@@ -239,23 +238,21 @@ def put_in(study: Study) -> dict[str, list]:
     """MSE, relative to the unchanged model's, by LENGTHS, with the scalars in place of a layer's heads, or of
     layer 0 as a whole, beside kappa = 0 and kappa shuffled."""
     generator = study.generator("put in")
-    by_arm = {}
+    by_arm = collections.defaultdict(list)
     for length in LENGTHS:
         sample = study.sample(scaled(study, OF_A_KIND), generator, length)
-        x = sample.inputs
-        taken = patterns_and_scales(study, x)
+        taken = patterns_and_scales(study, sample.inputs)
         clean = data.mse(taken["output"], sample.targets)
         for l, kappa in enumerate(traces(study)):
             order = torch.randperm(len(kappa), generator=generator)
             variants = {"": kappa, ", 0": 0 * kappa, ", shuffled": kappa[order]}
             for suffix, changed in variants.items():
-                arms = {f"layer {l}'s heads": put_scalars(study, l, changed)}
+                hooks = put_scalars(study, l, changed)
+                output = study.model.run_from(l, taken[f"blocks.{l}.hook_resid_pre"], hooks)
+                by_arm[f"layer {l}'s heads{suffix}"].append(data.mse(output, sample.targets) / clean)
                 if l == 0:
-                    arms["layer 0 as a whole"] = put_layer_0(study, x, taken, changed)
-                for arm, hooks in arms.items():
-                    output = study.model.run_from(l, taken[f"blocks.{l}.hook_resid_pre"], hooks)
-                    times = data.mse(output, sample.targets) / clean
-                    by_arm.setdefault(arm + suffix, []).append(times)
+                    output = study.model.run_from(1, put_layer_0(study, sample.inputs, taken, changed))
+                    by_arm[f"layer 0 as a whole{suffix}"].append(data.mse(output, sample.targets) / clean)
     return by_arm
 
 
@@ -355,8 +352,7 @@ def figure_worked_pass(study: Study):
     share = explained(matrix[-1] @ x[0], taken["output"][0, n])
 
     title = f"the last row times $a_s$, summed: {share:.1%} of the output"
-    what = f"What position {n} holds of each source: c = {study.test.c[i]:.2f}"
-    canvas, panels = grid(1, 1, 9, 4.6, what)
+    canvas, panels = grid(1, 1, 9, 4.6, f"What position {n} holds of each source: c = {study.test.c[i]:.2f}")
     heat(panels[0, 0], matrix, title, "source s", bar="factor")
     write_values(panels[0, 0], matrix)
     panels[0, 0].set_yticks(range(len(steps)), steps)

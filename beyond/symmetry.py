@@ -8,6 +8,8 @@ rotations can be written down from the weights. `angles`: where vectors are comp
 position holds besides.
 """
 
+import copy
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ from analyze import CHUNK, GREY, LAYERS, MODEL, TRUTH, Finding, Study, grid, kep
 from beyond.filter import POSITIONS, claim, figure, filtered, fitted_filter, scaled
 from data import FIRST_POSITION, MAX_LENGTH, MIN_LENGTH, explained
 from interventions import hold, record
-from model import ACTIVATIONS, Attention, Hooks, Transformer
+from model import ACTIVATIONS, MLP, Attention, Hooks, Transformer
 
 CLOSED_FORM = "tab:purple"
 LENGTHS = (4, 8, 14)  # inputs
@@ -50,18 +52,15 @@ def random_rotations(count: int, d: int, generator: torch.Generator) -> Tensor:
     return rotations
 
 
-def rotated(model: Transformer, x: Tensor, rotations: Tensor, names=()) -> tuple:
-    """The answers to a turned sequence, turned back, f(x Q) Q^T, [count, *x.shape], and the means over the
-    rotations of activations, by hook name."""
-    outputs = []
-    means = dict.fromkeys(names, torch.zeros(()))
-    for Q in rotations.to(x):
-        activations = {}
-        output = model(x @ Q, hooks=record(names, activations))
-        outputs.append(output @ Q.T)
-        for name, value in activations.items():
-            means[name] = means[name].add(value, alpha=1 / len(rotations))
-    return torch.stack(outputs), means
+def rotated(model: Transformer, x: Tensor, rotations: Tensor, hooks: dict | None = None) -> Tensor:
+    """The answers to a turned sequence, turned back, f(x Q) Q^T, [count, *x.shape]."""
+    return torch.stack([model(x @ Q, hooks=hooks) @ Q.T for Q in rotations.to(x)])
+
+
+def add_to(sums: dict, name: str, value: Tensor) -> Tensor:
+    """A hook, once sums and name are given: adds the activation to sums[name]."""
+    sums[name] = sums[name] + value
+    return value
 
 
 class Turned(NamedTuple):
@@ -81,12 +80,22 @@ def turned(study: Study, length: int) -> Turned:
     rotations = random_rotations(ROTATIONS, study.model.config.d_vocab, generator)
     names = [name for name in study.model.hook_names if name.endswith(("hook_q", "hook_k"))]
 
+    # Rotations that are for queries and keys alone: none of these needs the neurons of the last MLP.
+    shorter = copy.deepcopy(study.model)
+    no_neurons = dataclasses.replace(study.model.config, d_mlp=0)
+    shorter.blocks[-1].mlp = MLP(no_neurons, "none").to(sample.a)
+
     # In parts, whose activations stay in the processor's cache.
-    parts = [rotated(study.model, x, rotations, names) for x in sample.inputs.split(CHUNK)]
-    outputs = torch.cat([outputs for outputs, _ in parts], 1)
-    means = {name: torch.cat([means[name] for _, means in parts]) for name in names}
+    outputs = []
+    sums = []
+    for x in sample.inputs.split(CHUNK):
+        sums.append(dict.fromkeys(names, 0.0))
+        hooks = {name: functools.partial(add_to, sums[-1], name) for name in names}
+        outputs.append(rotated(study.model, x, rotations[:FOR_VARIANCE], hooks))
+        rotated(shorter, x, rotations[FOR_VARIANCE:], hooks)
+    means = {name: torch.cat([part[name] for part in sums]) / ROTATIONS for name in names}
     mse = data.mse(study.model(sample.inputs), sample.targets)
-    return Turned(sample.inputs, sample.targets, mse, outputs[:FOR_VARIANCE], means)
+    return Turned(sample.inputs, sample.targets, mse, torch.cat(outputs, 1), means)
 
 
 @kept
@@ -98,13 +107,13 @@ def asymmetry_by_position(study: Study) -> tuple[Tensor, Tensor]:
     for length in range(MIN_LENGTH, MAX_LENGTH + 1):
         sample = study.sample(scaled(study, PER_LENGTH), generator, length)
         rotations = random_rotations(BY_POSITION, study.model.config.d_vocab, generator)
-        outputs, _ = rotated(study.model, sample.inputs, rotations)
+        outputs = rotated(study.model, sample.inputs, rotations)
         # The mean over rotations of the error has nearly the model's expectation and varies less.
         error = (outputs - sample.targets).pow(2).mean((0, 1, 3))  # [pos]
         variance = outputs.var(0).mean((0, 2))  # [pos]
+        of_length = torch.stack([error, variance])
         # nan behind the end, which nanmean leaves out.
-        end = (0, MAX_LENGTH - length)
-        by_length.append(F.pad(torch.stack([error, variance]), end, value=torch.nan))
+        by_length.append(F.pad(of_length, (0, MAX_LENGTH - length), value=torch.nan))
     mse, asymmetry = torch.stack(by_length).nanmean(0)[:, FIRST_POSITION:]
     return mse, mse - asymmetry
 
@@ -332,7 +341,7 @@ def kinds(study: Study) -> dict:
         if kind == "noise 0.1":
             x = x + noise
         first = FIRST_POSITION if kind == "4 inputs" else 4
-        by_kind[kind] = Sequences(x, a[:, 1:], study.model(x), first)
+        by_kind[kind] = Sequences(x, a[:, 1:], study.record(x)["output"], first)
     return by_kind
 
 
@@ -366,8 +375,8 @@ def compared(study: Study, kind: str) -> Compared:
     count = scaled(study, counts.get(kind, FOR_CLOSED_FORM))
     of_kind = kinds(study)[kind]
     x = of_kind.x[:count]
-    names = [f"blocks.{l}.attn.hook_attn_scores" for l in study.layers]
-    names.append("ln_final.hook_normalized")
+    points = ("hook_attn_scores", "ln_final.hook_normalized")
+    names = [name for name in study.model.hook_names if name.endswith(points)]
 
     predictions = []
     activations = []
@@ -438,7 +447,7 @@ def claim_mean_field(study: Study) -> Finding:
     x = recurrences.sequences.x
     truth = recurrences.sequences.truth
     rotations = random_rotations(SAMPLED, x.shape[-1], study.generator("sampled rotations"))
-    sampled, _ = rotated(study.model, x, rotations)
+    sampled = rotated(study.model, x, rotations)
     sampling = sampled.var(0)[:, FIRST_POSITION:].mean() / SAMPLED
     mse_sampled = data.mse(sampled.mean(0), truth) - sampling
     mse_model = data.mse(recurrences.sequences.output, truth)
@@ -634,8 +643,7 @@ def figure_rotations(study: Study):
     recurrences = compared(study, "recurrences")
     truth = recurrences.sequences.truth
     times = data.mse(recurrences.prediction, truth) / data.mse(recurrences.sequences.output, truth)
-    label = "closed form, other sequences of 14 inputs"
-    axes.axhline(times, color=CLOSED_FORM, ls="--", label=label)
+    axes.axhline(times, color=CLOSED_FORM, ls="--", label="closed form, other sequences of 14 inputs")
     axes.set(
         title="the mean of several rotations",
         xlabel="rotations averaged",
@@ -668,8 +676,13 @@ def figure_angles(study: Study):
     for l, times in enumerate(without_directions(study)):
         axes.bar(x + 0.25 * (l - 1), times, 0.23, color=LAYERS[l % 3], label=f"layer {l}")
     axes.axhline(1, color="black", lw=0.8)
-    axes.set(title="queries and keys without directions", yscale="log", ylabel="times the MSE")
-    axes.set_xticks(x, [f"{length} inputs" for length in LENGTHS])
+    axes.set(
+        title="queries and keys without directions",
+        xlabel="inputs",
+        yscale="log",
+        ylabel="times the MSE",
+    )
+    axes.set_xticks(x, LENGTHS)
     axes.legend()
 
     axes = panels[0, 1]
@@ -679,11 +692,12 @@ def figure_angles(study: Study):
     axes.bar(layers + 0.2, vectors, 0.38, color=TRUTH, label="the vectors' part")
     axes.set(
         title="what attention scores consist of",
+        xticks=layers,
+        xlabel="layer",
         yscale="log",
         ylim=(None, 1e4),  # room for the legend
         ylabel="variance over sequences",
     )
-    axes.set_xticks(layers, [f"layer {l}" for l in layers])
     axes.legend()
 
     axes = panels[0, 2]
