@@ -927,6 +927,7 @@ class Analysis(TestCase):
             "HELD_OUT_PER_LENGTH": 10,
             "FEW": 6,
             "EXAMPLES": 12,
+            "CHUNK": 10,
             "QK_DRAWS": 2,
             "RESAMPLES": 50,
         }
