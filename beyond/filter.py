@@ -28,8 +28,8 @@ figure = OURS.figure
 
 
 def scaled(study: Study, count: int) -> int:
-    """`count` sequences; of a smaller study, that of an untrained model, the same share, at least 2."""
-    return max(2, count * study.size // analyze.POPULATION)
+    """`count` sequences; of a smaller study, that of an untrained model, the same share, at least 1."""
+    return max(1, count * study.size // analyze.POPULATION)
 
 
 @functools.cache

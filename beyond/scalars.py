@@ -222,8 +222,8 @@ def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict:
 
 
 def put_layer_0(study: Study, x: Tensor, taken: dict, kappa: Tensor) -> Tensor:
-    """The stream after layer 0, in which what W_U reads are the data of kappa [n_heads] and MLP 0's slope, on
-    inputs x with the patterns and scales `taken`."""
+    """The stream after layer 0 on inputs x, in which W_U reads the data of kappa [n_heads] and MLP 0's slope,
+    with the patterns and scales `taken`."""
     W_U = study.model.unembed.W_U
     steps = data_steps(taken, kappa[None], mlp_slopes(study)[:1])
     held = steps["after MLP 0"] @ x

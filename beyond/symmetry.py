@@ -80,7 +80,8 @@ def turned(study: Study, length: int) -> Turned:
     rotations = random_rotations(ROTATIONS, study.model.config.d_vocab, generator)
     names = [name for name in study.model.hook_names if name.endswith(("hook_q", "hook_k"))]
 
-    # Rotations that are for queries and keys alone: none of these needs the neurons of the last MLP.
+    # The last MLP, a quarter of the work, comes after all queries and keys: rotations that are for these alone
+    # go without its neurons.
     shorter = copy.deepcopy(study.model)
     no_neurons = dataclasses.replace(study.model.config, d_mlp=0)
     shorter.blocks[-1].mlp = MLP(no_neurons, "none").to(sample.a)
