@@ -61,7 +61,7 @@ UNTRAINED = 50  # sequences for an untrained model
 HELD_OUT_PER_LENGTH = 840  # 10,080 sequences over the 12 lengths
 EXAMPLES = 200  # sequences of one kind: alternating ones for the attention of layer 2
 FEW = 100  # test sequences for interventions in single heads and for those that are only controls
-CHUNK = 100  # sequences in a pass: so many activations stay in the processor's cache
+CHUNK = 100  # sequences in a pass: few enough for activations to stay in the processor's cache
 QK_DRAWS = 5  # random matrices for each arm of the pseudoinverse test
 RESAMPLES = 400  # of each bootstrap
 SEED = 0  # of all random streams of a study
@@ -208,12 +208,12 @@ class Study:
             activations = {}
             activations["output"] = self.model(part, hooks=interventions.record(names, activations))
             parts.append(activations)
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: torch.cat([activations[name] for activations in parts]) for name in parts[0]}
 
     @property
     @kept
     def activations(self) -> dict[str, Tensor]:
-        """The one plain forward pass over the population that claims and figures share."""
+        """Of the population without interventions, once for all claims and figures."""
         names = ["blocks.0.hook_resid_pre", "blocks.0.ln1.hook_normalized", SCALE]
         of_layer = (
             "attn.hook_pattern",
@@ -248,7 +248,7 @@ class Study:
         `layer`; `scale` [size, pos, 1] takes the place of ln_final's."""
         resid = self.clean[f"blocks.{layer}.hook_resid_pre"][:count]
         errors = []
-        for part in torch.arange(len(resid)).split(CHUNK):
+        for part in torch.arange(len(resid)).split(CHUNK):  # indices of sequences
             part_hooks = hooks
             if scale is not None:
                 part_hooks = interventions.join(hooks, interventions.hold({SCALE: scale[part]}))

@@ -221,12 +221,13 @@ def put_scalars(study: Study, layer: int, kappa: Tensor) -> dict:
     return join(keep, {f"blocks.{layer}.hook_attn_out": heads})
 
 
-def put_layer_0(study: Study, x: Tensor, taken: dict, kappa: Tensor) -> Tensor:
-    """The stream after layer 0 on inputs x, in which W_U reads the data of kappa [n_heads] and MLP 0's slope,
-    with the patterns and scales `taken`."""
+def stream_after_layer_0(study: Study, x: Tensor, taken: dict, kappa: Tensor) -> Tensor:
+    """The stream after layer 0 on inputs x, changed so that W_U reads from it the data of kappa [n_heads] and
+    MLP 0's slope; taken: of `patterns_and_scales`."""
     W_U = study.model.unembed.W_U
     steps = data_steps(taken, kappa[None], mlp_slopes(study)[:1])
     held = steps["after MLP 0"] @ x
+
     resid = taken["blocks.1.hook_resid_pre"]
     off = held - resid @ W_U
     off = off - off.mean(0)  # the mean over sequences is position, not data
@@ -251,9 +252,11 @@ def put_in(study: Study) -> dict[str, list]:
                 output = study.model.run_from(l, taken[f"blocks.{l}.hook_resid_pre"], hooks)
                 by_arm[f"layer {l}'s heads{suffix}"].append(data.mse(output, sample.targets) / clean)
                 if l == 0:
-                    output = study.model.run_from(1, put_layer_0(study, sample.inputs, taken, changed))
+                    output = study.model.run_from(
+                        1, stream_after_layer_0(study, sample.inputs, taken, changed)
+                    )
                     by_arm[f"layer 0 as a whole{suffix}"].append(data.mse(output, sample.targets) / clean)
-    return by_arm
+    return dict(by_arm)
 
 
 @claim("the real model does not mind multiples of I in the place of its maps", None, 24, 3)

@@ -9,7 +9,6 @@ position holds besides.
 """
 
 import copy
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -24,13 +23,13 @@ from analyze import CHUNK, GREY, LAYERS, MODEL, TRUTH, Finding, Study, grid, kep
 from beyond.filter import POSITIONS, claim, figure, filtered, fitted_filter, scaled
 from data import FIRST_POSITION, MAX_LENGTH, MIN_LENGTH, explained
 from interventions import hold, record
-from model import ACTIVATIONS, MLP, Attention, Hooks, Transformer
+from model import ACTIVATIONS, Attention, Hooks, Transformer
 
 CLOSED_FORM = "tab:purple"
 LENGTHS = (4, 8, 14)  # inputs
 SEQUENCES = 400  # of each length, on which rotations are averaged
 ROTATIONS = 32  # on which queries and keys are averaged
-FOR_VARIANCE = 16  # of them, for the asymmetry
+FOR_VARIANCE = 16  # fewer: the first of them, for the asymmetry
 PER_LENGTH = 60  # sequences for the asymmetry by position
 BY_POSITION = 8  # rotations for it: more sequences tell more than more rotations
 SAMPLED = 100  # rotations that stand for all, beside the closed form
@@ -53,12 +52,13 @@ def random_rotations(count: int, d: int, generator: torch.Generator) -> Tensor:
 
 
 def rotated(model: Transformer, x: Tensor, rotations: Tensor, hooks: dict | None = None) -> Tensor:
-    """The answers to a turned sequence, turned back, f(x Q) Q^T, [count, *x.shape]."""
+    """The answers to a turned sequence, turned back, f(x Q) Q^T, [count, *x.shape]; hooks as of Transformer,
+    in every pass."""
     return torch.stack([model(x @ Q, hooks=hooks) @ Q.T for Q in rotations.to(x)])
 
 
 def add_to(sums: dict, name: str, value: Tensor) -> Tensor:
-    """A hook, once sums and name are given: adds the activation to sums[name]."""
+    """A hook, once the others are given: it adds the activation to sums[name] and changes nothing."""
     sums[name] = sums[name] + value
     return value
 
@@ -80,21 +80,20 @@ def turned(study: Study, length: int) -> Turned:
     rotations = random_rotations(ROTATIONS, study.model.config.d_vocab, generator)
     names = [name for name in study.model.hook_names if name.endswith(("hook_q", "hook_k"))]
 
-    # The last MLP, a quarter of the work, comes after all queries and keys: rotations that are for these alone
-    # go without its neurons.
-    shorter = copy.deepcopy(study.model)
-    no_neurons = dataclasses.replace(study.model.config, d_mlp=0)
-    shorter.blocks[-1].mlp = MLP(no_neurons, "none").to(sample.a)
+    # Of the rotations after the first FOR_VARIANCE only queries and keys are wanted. They come before the last
+    # MLP, which is a quarter of the work.
+    without_last_mlp = copy.deepcopy(study.model)
+    without_last_mlp.blocks[-1].mlp.forward = lambda read, at: 0 * read
 
-    # In parts, whose activations stay in the processor's cache.
     outputs = []
-    sums = []
+    by_part = []
     for x in sample.inputs.split(CHUNK):
-        sums.append(dict.fromkeys(names, 0.0))
-        hooks = {name: functools.partial(add_to, sums[-1], name) for name in names}
+        sums = dict.fromkeys(names, 0.0)
+        hooks = {name: functools.partial(add_to, sums, name) for name in names}
         outputs.append(rotated(study.model, x, rotations[:FOR_VARIANCE], hooks))
-        rotated(shorter, x, rotations[FOR_VARIANCE:], hooks)
-    means = {name: torch.cat([part[name] for part in sums]) / ROTATIONS for name in names}
+        rotated(without_last_mlp, x, rotations[FOR_VARIANCE:], hooks)
+        by_part.append(sums)
+    means = {name: torch.cat([sums[name] for sums in by_part]) / ROTATIONS for name in names}
     mse = data.mse(study.model(sample.inputs), sample.targets)
     return Turned(sample.inputs, sample.targets, mse, torch.cat(outputs, 1), means)
 

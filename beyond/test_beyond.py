@@ -77,6 +77,7 @@ def shipped() -> analyze.Study:
 
 # For a study of the usual size: of sequences this one has a tenth.
 FEW = {
+    "CHUNK": 30,
     "ROTATIONS": 20,
     "SAMPLED": 60,
     "RECURRENCES": 100,
@@ -301,7 +302,7 @@ class Scalars(TestCase):
                 for kappa, changes in ((KAPPA[l], False), (0 * KAPPA[l], True)):
                     arms = [net(x, hooks=scalars.put_scalars(study, l, kappa))]
                     if l == 0:
-                        resid = scalars.put_layer_0(study, x, cache, kappa)
+                        resid = scalars.stream_after_layer_0(study, x, cache, kappa)
                         arms.append(net.run_from(1, resid))
                     off = [(changed - output).abs().max() for changed in arms]
                     self.assertEqual((min(off) > 1e-3, max(off) > 1e-10), (changes, changes))
