@@ -80,8 +80,8 @@ def turned(study: Study, length: int) -> Turned:
     rotations = random_rotations(ROTATIONS, study.model.config.d_vocab, generator)
     names = [name for name in study.model.hook_names if name.endswith(("hook_q", "hook_k"))]
 
-    # Of the rotations after the first FOR_VARIANCE only queries and keys are wanted. They come before the last
-    # MLP, which is a quarter of the work.
+    # Of the rotations after the first FOR_VARIANCE only queries and keys are wanted. They come before the
+    # last MLP, which is a quarter of the work.
     without_last_mlp = copy.deepcopy(study.model)
     without_last_mlp.blocks[-1].mlp.forward = lambda read, at: 0 * read
 
