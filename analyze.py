@@ -213,7 +213,7 @@ class Study:
     @property
     @kept
     def activations(self) -> dict[str, Tensor]:
-        """Of the population without interventions, once for all claims and figures."""
+        """On the population, without interventions, once for all claims and figures."""
         names = ["blocks.0.hook_resid_pre", "blocks.0.ln1.hook_normalized", SCALE]
         of_layer = (
             "attn.hook_pattern",
@@ -1710,11 +1710,9 @@ def run_command(catalogue: Catalogue, doc: str, name: str, default_out: str):
     if step is not None:
         out = os.path.join(out, f"step_{step}")
     torch.set_num_threads(1)  # with two, programs that share two cores slow one another ten times
-    # Once nearly 32 MB have been freed, glibc keeps memory for the next pass, instead of asking the system
-    # for new pages at each step: a few percent of the time.
-    torch.empty(8_000_000)
     try:
-        analyse(catalogue, open_study(run, step), given.get("out", out), wanted, name)
+        study = open_study(run, step)
+        analyse(catalogue, study, given.get("out", out), wanted, name)
     except (OSError, ValueError) as error:
         progress("")
         sys.exit(f"{parser.prog}: error: {error}")

@@ -24,7 +24,7 @@ from data import MAX_LENGTH
 
 @figure(19, "the README's picture", 3)
 def figure_summary(study: Study):
-    title = "A transformer that continues $a_{n+1} = c\\,a_n + d$ is a function of inner products"
+    title = "A transformer that continues $a_{n+1} = c\\,a_n + d$, beside a function of inner products"
     canvas, panels = grid(1, 3, 12, 4, title)
 
     axes = panels[0, 0]

@@ -120,7 +120,7 @@ def claim_one_knob(study: Study) -> Finding:
 # ---------- Figure ----------
 @figure(26, "layer 1 as a gain control", 3)
 def figure_gain(study: Study):
-    title = "Layer 1 is a gain control: what it does is one number a position, ln_final's scale"
+    title = "Layer 1 and one number a position, ln_final's scale"
     canvas, panels = grid(1, 2, 10.5, 4, title)
     axes = panels[0, 0]
     target = study.test.targets[:TESTED]

@@ -252,9 +252,8 @@ def put_in(study: Study) -> dict[str, list]:
                 output = study.model.run_from(l, taken[f"blocks.{l}.hook_resid_pre"], hooks)
                 by_arm[f"layer {l}'s heads{suffix}"].append(data.mse(output, sample.targets) / clean)
                 if l == 0:
-                    output = study.model.run_from(
-                        1, stream_after_layer_0(study, sample.inputs, taken, changed)
-                    )
+                    resid = stream_after_layer_0(study, sample.inputs, taken, changed)
+                    output = study.model.run_from(1, resid)
                     by_arm[f"layer 0 as a whole{suffix}"].append(data.mse(output, sample.targets) / clean)
     return dict(by_arm)
 
