@@ -94,7 +94,7 @@ def turned(study: Study, length: int) -> Turned:
         rotated(without_last_mlp, x, rotations[FOR_VARIANCE:], hooks)
         by_part.append(sums)
     means = {name: torch.cat([sums[name] for sums in by_part]) / ROTATIONS for name in names}
-    mse = data.mse(study.record(sample.inputs)["output"], sample.targets)
+    mse = data.mse(study.model(sample.inputs), sample.targets)
     return Turned(sample.inputs, sample.targets, mse, torch.cat(outputs, 1), means)
 
 
